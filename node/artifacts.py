@@ -1,0 +1,116 @@
+"""What a run leaves behind: a model to sample from, and a folder that `transformers` loads.
+
+Both start from the newest checkpoint of a run in this home. The slow weights are used: they are what the swarm averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from averaging.flatten import FlatParameters
+from torch import Tensor
+
+from model.checkpoint import load_newest
+from model.errors import CheckpointError, DataError
+from model.export import export_huggingface
+from model.generate import generate
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from node.home import Home
+from node.trainer import model_config
+from protocol.blobs import BlobStore
+from protocol.errors import UserError
+from protocol.manifest import Manifest
+from protocol.publication import SignedManifest
+
+__all__ = ["TrainedModel", "load_run", "load_trained"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModel:
+    """A model with the tokenizer it was trained with."""
+
+    manifest: Manifest
+    model: Transformer
+    tokenizer: Tokenizer
+    tokenizer_json: bytes
+    round: int
+
+    def sample(self, prompt: str, *, max_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
+        """Yield text pieces that continue `prompt`; pieces end at character boundaries."""
+        tokens = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
+        shown, produced = "", []
+        for token in generate(
+            self.model, tokens, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+        ):
+            if token == self.tokenizer.eot_id:
+                return
+            produced.append(token)
+            text = self.tokenizer.decode(produced)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face model folder.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        weights: dict[str, Tensor] = dict(self.model.named_parameters())
+        try:
+            export_huggingface(
+                folder, config=model_config(self.manifest), weights=weights, tokenizer=self.tokenizer_json
+            )
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
+
+
+def load_run(home: Home, run: str | None) -> tuple[Manifest, Path]:
+    """The manifest and folder of a run in this home: the one whose id or name is `run`, or the latest.
+
+    Raises:
+        UserError: there is none, or more than one fits.
+    """
+    fitting = []
+    for folder in home.runs():
+        manifest = SignedManifest.unpack((folder / "manifest.bin").read_bytes()).manifest
+        if run is None or manifest.name == run or manifest.run_id.startswith(run):
+            fitting.append((manifest, folder))
+    if not fitting:
+        raise UserError(
+            f"no run {run or ''} in {home.root}; join one first, or name its home with --home".replace("  ", " ")
+        )
+    return fitting[-1]
+
+
+def load_trained(home: Home, run: str | None) -> TrainedModel:
+    """The newest model of a run.
+
+    Raises:
+        UserError: no such run, no checkpoint yet, or none that is whole.
+    """
+    manifest, folder = load_run(home, run)
+    try:
+        loaded = load_newest(folder / "checkpoints")
+        if loaded is None:
+            raise UserError(f"run {manifest.name} has no checkpoint yet; train at least one round")
+        tokenizer_json = BlobStore(home.blobs).read(manifest.tokenizer_blob)
+        tokenizer = Tokenizer(tokenizer_json)
+    except (CheckpointError, DataError) as error:
+        raise UserError(str(error)) from None
+    model = Transformer(model_config(manifest))
+    flat = FlatParameters(model)
+    with torch.no_grad():
+        flat.theta.copy_(loaded.tensors["replica.phi"])
+    model.eval()
+    return TrainedModel(
+        manifest=manifest,
+        model=model,
+        tokenizer=tokenizer,
+        tokenizer_json=tokenizer_json,
+        round=int(loaded.meta["round"]),
+    )

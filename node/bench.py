@@ -1,0 +1,49 @@
+"""A few seconds of measuring before the first step: how many sequences per step make a round last its target time."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from model.batches import RoundBatches
+from node.trainer import Trainer
+
+__all__ = ["choose_sequences", "seconds_per_step"]
+
+BUDGET_S = 2.0
+
+
+def seconds_per_step(trainer: Trainer, num_sequences: int) -> float:
+    """Time one forward and backward pass on random tokens. The weights stay as they are."""
+    vocabulary, tokens = trainer.manifest.model.vocab_size, trainer.manifest.inner.sequence_tokens
+    noise = np.random.default_rng(0).integers(0, vocabulary, size=4 * (tokens + 1), dtype=np.uint32)
+    batch = RoundBatches(noise, seed=0, sequence_tokens=tokens).next(num_sequences)
+    started = time.perf_counter()
+    trainer.model.loss(batch).backward()  # type: ignore[no-untyped-call]
+    seconds = time.perf_counter() - started
+    trainer.optimizer.zero_grad(set_to_none=False)
+    return seconds
+
+
+def choose_sequences(trainer: Trainer, *, budget_s: float = BUDGET_S) -> int:
+    """Sequences per step for the run's target round time on this machine, measured within about `budget_s` seconds.
+
+    The batch is doubled until it would take longer than a step should, or the budget is spent; the first pass of each
+    size is not counted, since it pays for memory that later passes reuse.
+    """
+    inner, sync = trainer.manifest.inner, trainer.manifest.sync
+    target_s = sync.round_target_s / sync.inner_steps
+    sequences, deadline = inner.min_sequences, time.perf_counter() + budget_s
+    while True:
+        seconds_per_step(trainer, sequences)
+        seconds = min(seconds_per_step(trainer, sequences) for _ in range(2))
+        if (
+            seconds >= target_s / 2
+            or sequences * 2 > inner.max_sequences
+            or time.perf_counter() + 4 * seconds > deadline
+        ):
+            break
+        sequences *= 2
+    wanted = round(sequences * target_s / seconds)
+    return min(max(wanted, inner.min_sequences), inner.max_sequences)

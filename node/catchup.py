@@ -1,0 +1,127 @@
+"""How a peer gets its starting state: its own checkpoint, the swarm's, or the run's initial weights.
+
+1. Its own checkpoint, unless the swarm is more than MAX_RESUME_LAG rounds ahead.
+2. A snapshot for which enough independent peers vote, fetched in pieces from all of them, and measured on the held-out set
+   before it is used. The highest claimed round alone counts for nothing: a liar has one vote.
+3. If nobody trains yet, the initial weights made from the manifest's seed; their hash was checked when the model was built.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from model.errors import CheckpointError
+from node.compute import Compute
+from node.events import EventLog
+from node.snapshots import max_snapshot_bytes
+from node.trainer import Trainer
+from protocol.blob_exchange import fetch_blob
+from protocol.blobs import BlobStore
+from protocol.directory import Directory
+from protocol.errors import LlmNodeError
+from protocol.ids import BlobId, PeerId
+from protocol.records import PeerRecord, SnapshotRef
+from protocol.transport import Transport
+
+__all__ = ["MAX_RESUME_LAG", "NUM_VOTES", "StateFetcher", "choose_snapshots"]
+
+NUM_VOTES = 3
+"""Peers that must vouch for a state; all live trainers when there are fewer."""
+MAX_RESUME_LAG = 20
+"""Rounds the swarm may be ahead of a checkpoint that is still resumed from."""
+WAIT_FOR_VOTES_S = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A snapshot and the peers that vouch for it."""
+
+    ref: SnapshotRef
+    voters: tuple[PeerId, ...]
+
+
+def choose_snapshots(trainers: Mapping[PeerId, PeerRecord]) -> list[Candidate]:
+    """Snapshots in the order in which a joiner should try them, those with enough votes first, then by round.
+
+    A snapshot without enough votes is still listed, after the others and ordered by votes: better a state that passes the
+    loss check than none, when copies have not spread yet.
+    """
+    votes: dict[SnapshotRef, list[PeerId]] = {}
+    for peer, record in trainers.items():
+        for ref in set(record.snapshots):
+            votes.setdefault(ref, []).append(peer)
+    quorum = min(NUM_VOTES, len(trainers))
+    candidates = [Candidate(ref, tuple(sorted(voters))) for ref, voters in votes.items()]
+    enough = sorted((c for c in candidates if len(c.voters) >= quorum), key=lambda c: -c.ref.round)
+    fewer = sorted((c for c in candidates if len(c.voters) < quorum), key=lambda c: (-len(c.voters), -c.ref.round))
+    return enough + fewer
+
+
+class StateFetcher:
+    """Brings a joiner into the swarm."""
+
+    def __init__(
+        self,
+        *,
+        trainer: Trainer,
+        compute: Compute,
+        store: BlobStore,
+        transport: Transport,
+        directory: Directory,
+        events: EventLog,
+    ) -> None:
+        self._trainer, self._compute, self._store = trainer, compute, store
+        self._transport, self._directory, self._events = transport, directory, events
+
+    async def swarm_round(self) -> int | None:
+        """The median round of the live trainers, None if there are none."""
+        rounds = sorted(record.round for record in self._trainers().values())
+        return rounds[(len(rounds) - 1) // 2] if rounds else None
+
+    async def fetch(self) -> SnapshotRef | None:
+        """Adopt the swarm's state; None when there is none to be had and the initial weights stay."""
+        deadline_s = asyncio.get_running_loop().time() + WAIT_FOR_VOTES_S
+        while True:
+            await self._directory.refresh()
+            trainers = self._trainers()
+            candidates = choose_snapshots(trainers)
+            enough = candidates and len(candidates[0].voters) >= min(NUM_VOTES, len(trainers))
+            waiting = not enough and any(record.round > 1 for record in trainers.values())
+            if not waiting or asyncio.get_running_loop().time() >= deadline_s:
+                break
+            await asyncio.sleep(0.5)
+        for candidate in candidates:
+            if await self._adopt(candidate):
+                return candidate.ref
+        return None
+
+    def _trainers(self) -> dict[PeerId, PeerRecord]:
+        return {
+            peer: record
+            for peer, record in self._directory.peers.items()
+            if record.role == "trainer" and record.state == "training"
+        }
+
+    async def _adopt(self, candidate: Candidate) -> bool:
+        ref, blob = candidate.ref, BlobId(candidate.ref.root)
+        limit = max_snapshot_bytes(self._trainer.manifest.model.num_parameters)
+        try:
+            await fetch_blob(
+                blob, transport=self._transport, store=self._store, donors=list(candidate.voters), max_bytes=limit
+            )
+            weights = self._trainer.read_snapshot(self._store.read(blob))
+        except (CheckpointError, LlmNodeError) as error:
+            self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=str(error))
+            return False
+        loss = await self._compute.run(self._trainer.evaluate, weights)
+        chance = math.log(self._trainer.manifest.model.vocab_size)
+        if not loss < chance + 0.5:
+            self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=f"held-out loss {loss:.2f}")
+            return False
+        swarm = await self.swarm_round()
+        await self._compute.run(self._trainer.adopt, weights, max(ref.round, swarm or 0))
+        self._events.emit("state_adopted", round=ref.round, loss=round(loss, 4), donors=len(candidate.voters))
+        return True

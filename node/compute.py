@@ -1,0 +1,70 @@
+"""Where torch runs: one worker thread, so that the network loop never waits for arithmetic.
+
+`ThreadCompute` is the real one. `VirtualCompute` runs the same calls inline and lets a fixed virtual time pass for each, so
+that swarms of real trainers can run on the memory transport's virtual clock, independent of this machine's speed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+__all__ = ["Compute", "ThreadCompute", "VirtualCompute"]
+
+NICENESS = 10
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Compute(ABC):
+    """Runs blocking functions one after another, never two at once."""
+
+    @abstractmethod
+    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `function` and return what it returns. Cancelling the await does not stop a call that has started."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let the call in progress finish, then take no more."""
+
+
+class ThreadCompute(Compute):
+    """One thread of its own, at low priority, so that the owner's programs and our own network come first."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute", initializer=_yield_to_others)
+
+    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class VirtualCompute(Compute):
+    """Inline, each call taking `seconds_per_call` of the loop's (virtual) time."""
+
+    def __init__(self, *, seconds_per_call: float) -> None:
+        self._seconds = seconds_per_call
+
+    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        result = function(*args, **kwargs)
+        await asyncio.sleep(self._seconds)
+        return result
+
+    def close(self) -> None:
+        pass
+
+
+def _yield_to_others() -> None:
+    """Lower this thread's priority. Only Linux can do that to a single thread; torch's own threads inherit it."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,0 +1,175 @@
+"""`llm-node join`: from an address to a running peer.
+
+The address leads to any live node of the run. It hands over the signed manifest; everything else follows from that. The
+addresses of the peers met are cached, so that joining again works even when the first address is gone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from protocol.libp2p import Libp2pTransport
+
+from node.compute import ThreadCompute
+from node.events import EventLog
+from node.home import Home
+from node.peer import Peer, PeerOptions, Summary
+from node.trainer import model_config
+from protocol.blobs import BlobStore
+from protocol.directory import validate_entry
+from protocol.errors import LlmNodeError, TransportError, UserError
+from protocol.identity import Identity, hold_identity
+from protocol.ids import PeerId
+from protocol.publication import SignedManifest, fetch_manifest
+from protocol.transport import Transport
+
+__all__ = ["JoinOptions", "join"]
+
+MEMORY_MARGIN = 1.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinOptions:
+    """Network side of joining.
+
+    Attributes:
+        peers: addresses to try, in order; empty to go on with the latest run of this home.
+        listen: multiaddresses to listen on.
+        announce: multiaddresses to tell others instead of the detected ones.
+    """
+
+    peers: tuple[str, ...]
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce: tuple[str, ...] = ()
+
+
+async def join(
+    home: Home,
+    options: JoinOptions,
+    peer_options: PeerOptions,
+    *,
+    events: EventLog,
+    on_start: Callable[[Peer], Awaitable[None]],
+) -> Summary:
+    """Take part in a run until it ends or the peer is stopped.
+
+    Args:
+        on_start: awaited with the peer before it runs, to show it and to be able to stop it.
+
+    Raises:
+        UserError: no peer answers, the manifest is not acceptable, or this machine cannot take part.
+    """
+    with hold_identity(home.identity):
+        identity = Identity.load_or_create(home.identity)
+        known = _known_addresses(home, options.peers)
+        transport = Libp2pTransport(
+            identity=identity,
+            listen=options.listen,
+            announce=options.announce,
+            initial_peers=known,
+            runtime_dir=home.runtime,
+            validator=validate_entry,
+        )
+        async with transport:
+            signed = await _find_manifest(transport, home, options.peers, known)
+            folder = _remember_run(home, signed, options.peers)
+            events.write_to(folder / "events.jsonl")
+            check_memory(signed)
+            compute = ThreadCompute()
+            try:
+                peer = Peer(
+                    signed,
+                    identity=identity,
+                    transport=transport,
+                    store=BlobStore(home.blobs),
+                    compute=compute,
+                    events=events,
+                    folder=folder,
+                    options=peer_options,
+                )
+                await on_start(peer)
+                return await peer.run()
+            finally:
+                compute.close()
+
+
+def _known_addresses(home: Home, given: tuple[str, ...]) -> tuple[str, ...]:
+    """The addresses given, then those of peers met in the run that was joined through them, or in the latest run."""
+    known = list(given)
+    for folder in reversed(home.runs()):
+        via = _read_list(folder / "via.json")
+        if not given or set(via) & set(given):
+            known += [address for address in [*_read_list(folder / "peers.json"), *via] if address not in known]
+            break
+    return tuple(known)
+
+
+async def _find_manifest(
+    transport: Transport, home: Home, given: tuple[str, ...], known: tuple[str, ...]
+) -> SignedManifest:
+    failures: list[str] = []
+    for address in known:
+        try:
+            peer: PeerId = await transport.connect(address)
+            return await fetch_manifest(transport, peer)
+        except TransportError as error:
+            failures.append(f"{address}: {error}")
+        except UserError:
+            if address in given:
+                raise
+        except LlmNodeError as error:
+            raise UserError(
+                f"{address} sent an unacceptable manifest: {error}; ask the organiser for an address"
+            ) from None
+    if given:
+        raise UserError(
+            f"no peer answers at {failures[0] if failures else given[0]}; "
+            "check the address, that the node there runs, and that its port is open"
+        )
+    if not home.runs():
+        raise UserError("name a peer of the run with --peer ADDRESS; this home has not joined any run yet")
+    # The latest run, and nobody of it is reachable: go on alone, others may come back.
+    return SignedManifest.unpack((home.runs()[-1] / "manifest.bin").read_bytes())
+
+
+def _remember_run(home: Home, signed: SignedManifest, via: tuple[str, ...]) -> Path:
+    folder = home.run(signed.manifest.run_id)
+    try:
+        (folder / "manifest.bin").write_bytes(signed.pack())
+        (folder / "via.json").write_text(json.dumps(sorted({*via, *_read_list(folder / "via.json")})[:32]))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; free some space or choose another --home") from None
+    return folder
+
+
+def _read_list(path: Path) -> list[str]:
+    """A JSON list of strings, empty if there is none that can be read."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def check_memory(signed: SignedManifest) -> None:
+    """Refuse a model that does not fit, before anything is downloaded.
+
+    Raises:
+        UserError: training would need more memory than this machine has free.
+    """
+    inner = signed.manifest.inner
+    needed = model_config(signed.manifest).memory_bytes(
+        num_sequences=inner.min_sequences,
+        sequence_tokens=inner.sequence_tokens,
+        optimizer_state_bytes=2.03 if inner.optimizer == "adamw8bit" else 8.0,
+    )
+    free = psutil.virtual_memory().available
+    if needed * MEMORY_MARGIN > free:
+        raise UserError(
+            f"training {signed.manifest.name} needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
+            "are free; close other programs or join from a larger machine"
+        )

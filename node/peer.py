@@ -1,0 +1,339 @@
+"""One volunteer's peer, from its first state to its farewell.
+
+The order of events: data and state are fetched while the machine is measured; then rounds (node/rounds.py) until the run ends or
+the owner stops it. After every round a checkpoint goes to disk in the background. Stopping finishes the step and the write in
+progress, says goodbye in the directory, and returns a summary; whatever kills the process instead costs at most a round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from averaging.averager import Averager
+from model.checkpoint import load_newest
+from model.checkpoint_writer import CheckpointWriter
+from model.data import Tokens
+from model.errors import CheckpointError
+from model.tokenizer import Tokenizer
+from node.bench import choose_sequences
+from node.catchup import MAX_RESUME_LAG, StateFetcher
+from node.compute import Compute
+from node.dataset import BatchSource, open_source
+from node.events import EventLog
+from node.progress import Progress
+from node.rounds import RoundLoop, RoundSettings
+from node.service import Service
+from node.snapshots import SnapshotKeeper
+from node.trainer import Trainer
+from protocol.blobs import BlobStore
+from protocol.errors import TransportError, UserError
+from protocol.identity import Identity
+from protocol.ids import PeerId
+from protocol.publication import SignedManifest
+from protocol.records import PeerRecord, SnapshotRef
+from protocol.transport import Transport
+
+__all__ = ["Peer", "PeerOptions", "Summary"]
+
+DATA_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerOptions:
+    """What the owner of a peer chooses.
+
+    Attributes:
+        name: shown on the status page.
+        http: host and port of a status page served here, or None.
+        local_data: folder of the volunteer's own text, for a run of kind `local`.
+        sequences: fixed sequences per step; 0 measures the machine and adapts.
+        max_rounds: leave after so many rounds; 0 stays as long as the run lasts.
+        device: torch device.
+    """
+
+    name: str = ""
+    http: tuple[str, int] | None = None
+    local_data: Path | None = None
+    sequences: int = 0
+    max_rounds: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a peer contributed in this session."""
+
+    rounds: int
+    tokens: int
+    exchanges_ok: int
+    exchanges_failed: int
+    sent_bytes: int
+    received_bytes: int
+    val_loss_start: float | None
+    val_loss_end: float | None
+    time_to_first_step_s: float | None
+    finished: bool
+
+
+class Peer:
+    """A trainer of one run.
+
+    Args:
+        folder: where checkpoints and caches are kept; None keeps nothing (simulated swarms).
+    """
+
+    def __init__(
+        self,
+        signed: SignedManifest,
+        *,
+        identity: Identity,
+        transport: Transport,
+        store: BlobStore,
+        compute: Compute,
+        events: EventLog,
+        folder: Path | None,
+        options: PeerOptions,
+    ) -> None:
+        self.manifest = signed.manifest
+        self._identity, self._transport, self._store, self._compute = identity, transport, store, compute
+        self._events, self._folder, self._options = events, folder, options
+        self.progress = Progress(
+            run=self.manifest.run_id,
+            peer=identity.peer_id,
+            name=options.name,
+            inner_steps=self.manifest.sync.inner_steps,
+            traffic=transport.traffic,
+        )
+        self.service = Service(
+            signed,
+            identity=identity,
+            transport=transport,
+            store=store,
+            events=events,
+            record=self.progress.record,
+            folder=folder,
+            http=options.http,
+        )
+        self.trainer: Trainer | None = None
+        self._loop: RoundLoop | None = None
+        self._stopped = False
+        self._writer: CheckpointWriter | None = None
+        self._generation = 0
+        self._keeper: SnapshotKeeper | None = None
+
+    def stop(self) -> None:
+        """Leave after the step in progress; may be called at any time from the event loop."""
+        self._stopped = True
+        if self._loop is not None:
+            self._loop.stop()
+
+    async def run(self) -> Summary:
+        """Take part in the run.
+
+        Raises:
+            UserError: something the owner must mend (data folder, damaged checkpoint, wrong manifest).
+            TransportError: the swarm cannot supply what is needed to start.
+        """
+        started_s = asyncio.get_running_loop().time()
+        async with self.service.running():
+            source, heldout, _ = await self._open_data()
+            trainer = await self._compute.run(self._new_trainer, heldout)
+            self.trainer = trainer
+            measured = asyncio.ensure_future(self._measure(trainer))
+            cursor = await self._starting_state(trainer)
+            sequences = await measured
+            loss = await self._compute.run(trainer.evaluate)
+            self.progress.count_validation(loss, trainer.round)
+            self._events.emit("validation", round=trainer.round, loss=round(loss, 4))
+            await self._train(trainer, source, sequences, cursor, started_s)
+        return self.summary()
+
+    def summary(self) -> Summary:
+        """What was contributed so far."""
+        progress, total = self.progress, self.manifest.sync.total_rounds
+        return Summary(
+            rounds=progress.rounds_done,
+            tokens=progress.session_tokens,
+            exchanges_ok=progress.exchanges_ok,
+            exchanges_failed=progress.exchanges_failed,
+            sent_bytes=progress.traffic.sent_bytes,
+            received_bytes=progress.traffic.received_bytes,
+            val_loss_start=progress.first_val_loss,
+            val_loss_end=progress.val_loss,
+            time_to_first_step_s=progress.time_to_first_step_s,
+            finished=bool(total and progress.round >= total),
+        )
+
+    # ---- before the first step
+
+    async def _open_data(self) -> tuple[BatchSource, Tokens, Tokenizer]:
+        deadline_s = asyncio.get_running_loop().time() + DATA_TIMEOUT_S
+        while True:
+            try:
+                return await open_source(
+                    self.manifest,
+                    peer=self._identity.peer_id,
+                    store=self._store,
+                    transport=self._transport,
+                    donors=self.service.donors,
+                    events=self._events,
+                    local_data=self._options.local_data,
+                )
+            except TransportError as error:
+                if asyncio.get_running_loop().time() > deadline_s:
+                    raise
+                self._events.emit("waiting_for_data", reason=str(error))
+                await asyncio.sleep(1.0)
+                await self.service.beat()
+
+    def _new_trainer(self, heldout: Tokens) -> Trainer:
+        return Trainer(self.manifest, heldout=heldout, device=self._options.device)
+
+    async def _measure(self, trainer: Trainer) -> int:
+        if self._options.sequences:
+            return self._options.sequences
+        sequences = await self._compute.run(choose_sequences, trainer)
+        self._events.emit("measured", sequences_per_step=sequences)
+        return sequences
+
+    async def _starting_state(self, trainer: Trainer) -> Any:
+        """Own checkpoint, the swarm's state, or the initial weights. Returns the data cursor to resume from, if any."""
+        fetcher = StateFetcher(
+            trainer=trainer,
+            compute=self._compute,
+            store=self._store,
+            transport=self._transport,
+            directory=self.service.directory,
+            events=self._events,
+        )
+        self._keeper = SnapshotKeeper(
+            run=self.manifest.run_id,
+            peer=self._identity.peer_id,
+            every_rounds=self.manifest.sync.snapshot_rounds,
+            trainer=trainer,
+            compute=self._compute,
+            store=self._store,
+            transport=self._transport,
+            events=self._events,
+            publish=self._show_snapshots,
+            own_loss=lambda: self.progress.val_loss,
+        )
+        saved = await self._compute.run(self._load_checkpoint)
+        swarm_round = await fetcher.swarm_round()
+        if saved is not None and (swarm_round or 0) - int(saved[1]["round"]) <= MAX_RESUME_LAG:
+            await self._compute.run(self._restore, trainer, saved)
+            self._events.emit("resumed", round=trainer.round, step=trainer.step_in_round, tokens=trainer.tokens)
+            return saved[1]["cursor"]
+        adopted = await fetcher.fetch()
+        if adopted is not None:
+            self._keeper.adopt(adopted)
+        elif swarm_round is not None:
+            trainer.round = swarm_round
+            self._events.emit("initial_state", round=swarm_round)
+        return None
+
+    def _load_checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        if self._folder is None:
+            return None
+        try:
+            loaded = load_newest(self._folder / "checkpoints")
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+        if loaded is None:
+            return None
+        self._generation = loaded.generation
+        for damage in loaded.damage:
+            self._events.emit("checkpoint_damaged", reason=damage)
+        return loaded.tensors, loaded.meta
+
+    def _restore(self, trainer: Trainer, saved: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        try:
+            trainer.restore(*saved)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint in {self._folder} does not fit this run ({error}); move it away to start afresh"
+            ) from None
+
+    def _show_snapshots(self, held: list[SnapshotRef]) -> None:
+        self.progress.snapshots = held
+
+    # ---- training
+
+    async def _train(
+        self, trainer: Trainer, source: BatchSource, sequences: int, cursor: Any, started_s: float
+    ) -> None:
+        averager = Averager(
+            transport=self._transport,
+            identity=self._identity,
+            run=self.manifest.run_id,
+            payload_bytes=trainer.replica.num_payload_bytes,
+            max_lag_rounds=self.manifest.sync.max_lag_rounds,
+        )
+        settings = RoundSettings(
+            sequences=sequences, adapt=not self._options.sequences, max_rounds=self._options.max_rounds
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            if self._folder is not None:
+                self._writer = stack.enter_context(CheckpointWriter(self._folder / "checkpoints"))
+            await stack.enter_async_context(averager)
+            self._loop = loop = RoundLoop(
+                self.manifest,
+                trainer=trainer,
+                compute=self._compute,
+                source=source,
+                averager=averager,
+                directory=self.service.directory,
+                progress=self.progress,
+                events=self._events,
+                settings=settings,
+                after_round=self._after_round,
+            )
+            loop.resume_cursor(cursor)
+            if self._stopped:
+                loop.stop()
+            self.progress.state = "training"
+            self.progress.time_to_first_step_s = asyncio.get_running_loop().time() - started_s
+            self._events.emit("training", round=trainer.round, step=trainer.step_in_round, sequences=sequences)
+            self.service.on_heartbeat(self._keep_copies)
+            await self.service.beat()  # others may choose this peer from now on
+            try:
+                await loop.run()
+            finally:
+                self.progress.state = "leaving"
+                await self._save(final=True)
+
+    async def _after_round(self, round: int) -> None:
+        assert self._keeper is not None
+        await self._keeper.after_round(round, self._other_trainers())
+        await self._save(final=False)
+
+    async def _keep_copies(self) -> None:
+        assert self._keeper is not None
+        await self._keeper.keep_copies(self._other_trainers())
+
+    def _other_trainers(self) -> dict[PeerId, PeerRecord]:
+        records = self.service.directory.peers
+        return {p: r for p, r in records.items() if r.role == "trainer" and r.state == "training"}
+
+    async def _save(self, *, final: bool) -> None:
+        """Hand the state to the background writer, which skips it while it is busy; the final one is always written."""
+        trainer, writer = self.trainer, self._writer
+        if writer is None or trainer is None:
+            return
+        if final:
+            await asyncio.to_thread(writer.flush)
+        batches = self._loop.batches if self._loop is not None else None
+        # One call, so that no step comes between reading the counters and copying the tensors.
+        if await self._compute.run(
+            lambda: writer.submit(*trainer.checkpoint(batches), generation=self._generation + 1)
+        ):
+            self._generation += 1
+        if final:
+            await asyncio.to_thread(writer.flush)
+        for result in writer.take_results():
+            if result.error is not None:
+                self._events.emit("checkpoint_failed", reason=str(result.error))

@@ -1,0 +1,126 @@
+"""What this peer has done so far: the one source of its signed record, its live view and its farewell summary."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from protocol.ids import PeerId, RunId
+from protocol.records import ExchangeNote, PeerRecord, SnapshotRef
+from protocol.transport import Traffic
+
+__all__ = ["Progress", "software_version"]
+
+SPEED_WINDOW = 16
+"""Steps over which the speed is averaged."""
+
+
+def software_version() -> str:
+    """Version of the installed llm-node."""
+    try:
+        return version("llm-node")
+    except PackageNotFoundError:  # run from a plain source tree
+        return "source"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Counters and latest values of one trainer; changed only on the event loop."""
+
+    run: RunId
+    peer: PeerId
+    name: str
+    inner_steps: int
+    traffic: Traffic
+    state: Literal["joining", "training", "leaving"] = "joining"
+    round: int = 0
+    step: int = 0
+    sequences_per_step: int = 0
+    tokens: int = 0
+    session_tokens: int = 0
+    rounds_done: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    val_round: int | None = None
+    first_val_loss: float | None = None
+    exchanges_ok: int = 0
+    exchanges_failed: int = 0
+    time_to_first_step_s: float | None = None
+    recent: deque[ExchangeNote] = field(default_factory=lambda: deque(maxlen=4))
+    snapshots: list[SnapshotRef] = field(default_factory=list)
+    started_at_s: float = field(default_factory=time.time)
+    _sequence: int = 0
+    _steps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
+
+    def count_step(self, *, loss: float, tokens: int, seconds: float) -> None:
+        """One inner step was done."""
+        self.step += 1
+        self.tokens += tokens
+        self.session_tokens += tokens
+        # An exponential mean over a dozen steps: one batch's loss jumps about too much to be read.
+        self.train_loss = loss if self.train_loss is None else 0.9 * self.train_loss + 0.1 * loss
+        self._steps.append((seconds, tokens))
+
+    def count_exchange(self, note: ExchangeNote) -> None:
+        """One exchange ended. Staying alone because no partner was free is not a failure."""
+        self.recent.append(note)
+        if note.outcome in ("averaged", "clipped"):
+            self.exchanges_ok += 1
+        elif note.outcome != "alone":
+            self.exchanges_failed += 1
+
+    def count_validation(self, loss: float, round: int) -> None:
+        """The held-out loss was measured at the end of `round`."""
+        self.val_loss, self.val_round = loss, round
+        if self.first_val_loss is None:
+            self.first_val_loss = loss
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training speed over the last steps, exchanges not deducted."""
+        seconds = sum(s for s, _ in self._steps)
+        return sum(t for _, t in self._steps) / seconds if seconds else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Expected seconds until the round's last step; None before the first one."""
+        if not self._steps:
+            return None
+        return (self.inner_steps - self.step) * sum(s for s, _ in self._steps) / len(self._steps)
+
+    def record(self, addresses: Sequence[str]) -> PeerRecord:
+        """This peer's record as of now. Its sequence grows strictly, across restarts too, even if the clock steps back a
+        little within a session."""
+        self._sequence = max(self._sequence + 1, time.time_ns() // 1_000_000)
+        return PeerRecord(
+            run=self.run,
+            peer=self.peer,
+            sequence=self._sequence,
+            role="trainer",
+            state=self.state,
+            name=self.name[:32],
+            version=software_version(),
+            addresses=list(addresses)[:8],
+            started_at_s=self.started_at_s,
+            sent_at_s=time.time(),
+            round=self.round,
+            step=min(self.step, self.inner_steps),
+            inner_steps=self.inner_steps,
+            sequences_per_step=self.sequences_per_step,
+            tokens=self.tokens,
+            tokens_per_s=round(self.tokens_per_s, 1),
+            train_loss=self.train_loss,
+            val_loss=self.val_loss,
+            val_round=self.val_round,
+            eta_s=None if self.eta_s is None else round(self.eta_s, 1),
+            sent_bytes=self.traffic.sent_bytes,
+            received_bytes=self.traffic.received_bytes,
+            exchanges_ok=self.exchanges_ok,
+            exchanges_failed=self.exchanges_failed,
+            recent=list(self.recent),
+            snapshots=self.snapshots[-2:],
+        )

@@ -1,0 +1,137 @@
+"""What every node runs, trainer or bootstrap: it tells the swarm about itself, watches the swarm, and serves what it has.
+
+    /llm-node/manifest/1   the signed manifest
+    /llm-node/blob/1       tokenizer, shards, snapshots
+    /llm-node/status/1     the status document, also behind `--http` as a page
+
+So the bootstrap node has no privilege: any peer can be joined through, asked for data or for the status of the swarm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bootstrap.collector import Collector
+from bootstrap.status_stream import serve_status
+from bootstrap.store import StatusStore
+from bootstrap.summary import swarm_status
+from bootstrap.web import serve_web
+from node.events import EventLog
+from protocol.blob_exchange import serve_blobs
+from protocol.blobs import BlobStore
+from protocol.directory import Directory
+from protocol.errors import LlmNodeError
+from protocol.identity import Identity
+from protocol.ids import PeerId
+from protocol.publication import SignedManifest, publish_manifest
+from protocol.records import PeerRecord
+from protocol.transport import Transport
+
+__all__ = ["HEARTBEAT_S", "Service"]
+
+HEARTBEAT_S = 3.0
+"""Seconds between two records of a node, and between two looks at the directory."""
+NUM_CACHED_ADDRESSES = 64
+
+
+class Service:
+    """Heartbeat, directory, blobs, manifest and status of one node.
+
+    Args:
+        record: makes this node's current record from its dialable addresses.
+        folder: where cached peer addresses and the status history are kept; None keeps them in memory.
+        http: address of the status page, or None for no page.
+    """
+
+    def __init__(
+        self,
+        signed: SignedManifest,
+        *,
+        identity: Identity,
+        transport: Transport,
+        store: BlobStore,
+        events: EventLog,
+        record: Callable[[Sequence[str]], PeerRecord],
+        folder: Path | None,
+        http: tuple[str, int] | None = None,
+    ) -> None:
+        self.transport, self.store, self.events = transport, store, events
+        self._signed, self._record, self._folder, self._http = signed, record, folder, http
+        self.directory = Directory(dht=transport.dht, identity=identity, run=signed.manifest.run_id)
+        self._history = StatusStore(":memory:" if folder is None else folder / "status.db")
+        self._collector = Collector(self.directory, self._history)
+        self._watchers: list[Callable[[], Awaitable[None]]] = []
+        self._cached: list[str] = []
+
+    def on_heartbeat(self, watcher: Callable[[], Awaitable[None]]) -> None:
+        """Await `watcher` after every look at the directory."""
+        self._watchers.append(watcher)
+
+    def status(self) -> dict[str, Any]:
+        """The status document, as shown by the page and the status stream."""
+        return swarm_status(self._history, self._signed.manifest, now_s=time.time())
+
+    def donors(self) -> list[PeerId]:
+        """Live peers to ask for blobs, bootstrap nodes last, since trainers share the load."""
+        records = self.directory.peers
+        return sorted(records, key=lambda peer: (records[peer].role == "bootstrap", peer))
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve until the block is left; on leaving, the last record is published once more (it may say goodbye)."""
+        publish_manifest(self.transport, self._signed)
+        serve_blobs(self.transport, self.store)
+        serve_status(self.transport, self.status)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._history.close)
+            if self._http is not None:
+                address = await stack.enter_async_context(serve_web(*self._http, self.status))
+                self.events.emit("web_page", url=address)
+            await self.beat()
+            tasks = await stack.enter_async_context(asyncio.TaskGroup())
+            heart = tasks.create_task(self._heartbeat())
+            try:
+                yield
+            finally:
+                heart.cancel()
+                with contextlib.suppress(LlmNodeError, TimeoutError):
+                    async with asyncio.timeout(1.5):
+                        await self.directory.publish(self._record(await self.transport.addresses()))
+
+    async def beat(self) -> None:
+        """Publish the record once and look at the directory once."""
+        try:
+            await self.directory.publish(self._record(await self.transport.addresses()))
+        except LlmNodeError as error:
+            self.events.emit("directory_unreachable", reason=str(error))
+        await self._collector.collect()
+        records = self.directory.peers
+        for peer, record in records.items():
+            await self.transport.learn(peer, record.addresses)
+        self._cache([address for record in records.values() for address in record.addresses])
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await self.beat()
+            for watcher in self._watchers:
+                await watcher()
+
+    def _cache(self, addresses: list[str]) -> None:
+        """Remember addresses, so that a restart finds the swarm without its first address."""
+        addresses = sorted(set(addresses))[:NUM_CACHED_ADDRESSES]
+        if self._folder is None or not addresses or addresses == self._cached:
+            return
+        self._cached = addresses
+        path = self._folder / "peers.json"
+        try:
+            path.with_suffix(".tmp").write_text(json.dumps(addresses))
+            path.with_suffix(".tmp").replace(path)
+        except OSError as error:
+            self.events.emit("disk_error", path=str(path), reason=str(error.strerror))

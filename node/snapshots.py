@@ -1,0 +1,128 @@
+"""State for joiners: now and then one peer, chosen by lot, publishes its slow weights, and a few others keep copies.
+
+In gossip averaging every replica differs a little, so there is no state that all peers hold anyway. Every `snapshot_rounds` rounds
+the peer with the smallest PRF(run, epoch, peer) among those live publishes its slow weights as a content-addressed blob. The
+next few peers in that order fetch it, measure its held-out loss, and if it is as good as their own, list it in their signed
+record too: that is a vote. A joiner takes a state for which enough independent peers vote (node/catchup.py) and downloads
+it from all of them at once. It is immutable, so a download never blocks anybody's training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+from model.errors import CheckpointError
+from node.compute import Compute
+from node.events import EventLog
+from node.trainer import Trainer
+from protocol.blob_exchange import fetch_blob
+from protocol.blobs import BlobStore
+from protocol.errors import LlmNodeError
+from protocol.ids import BlobId, PeerId, RunId
+from protocol.records import PeerRecord, SnapshotRef
+from protocol.transport import Transport
+
+__all__ = ["NUM_KEEPERS", "SnapshotKeeper", "max_snapshot_bytes", "order_for_epoch"]
+
+NUM_KEEPERS = 4
+"""Peers that hold each snapshot, its publisher included; one more than the votes a joiner asks for."""
+NUM_KEPT = 2
+"""Snapshots a peer keeps; as many as its record has room for."""
+LOSS_MARGIN = 0.15
+"""A snapshot may be this much worse (nats per token) than the keeper's own weights."""
+
+
+def order_for_epoch(run: RunId, epoch: int, peers: Iterable[PeerId]) -> list[PeerId]:
+    """Peers by lot: the first publishes, the next few keep copies. Everybody computes the same order."""
+    return sorted(peers, key=lambda peer: hashlib.sha256(f"{run}/snapshot/{epoch}/{peer}".encode()).digest())
+
+
+def max_snapshot_bytes(num_parameters: int) -> int:
+    """Size limit of a snapshot: fp32 weights and a generous header."""
+    return 4 * num_parameters + (1 << 20)
+
+
+class SnapshotKeeper:
+    """Publishes, fetches, checks and drops snapshots on behalf of one trainer.
+
+    Args:
+        publish: called with the list of snapshots to show in this peer's record, newest last.
+        own_loss: this peer's latest held-out loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: RunId,
+        peer: PeerId,
+        every_rounds: int,
+        trainer: Trainer,
+        compute: Compute,
+        store: BlobStore,
+        transport: Transport,
+        events: EventLog,
+        publish: Callable[[list[SnapshotRef]], None],
+        own_loss: Callable[[], float | None],
+    ) -> None:
+        self._run, self._peer, self._every = run, peer, every_rounds
+        self._trainer, self._compute, self._store, self._transport = trainer, compute, store, transport
+        self._events, self._publish, self._own_loss = events, publish, own_loss
+        self._refused: set[str] = set()
+        self.held: list[SnapshotRef] = []
+
+    async def after_round(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
+        """Publish if it is this peer's turn; `live` are the other trainers."""
+        if round % self._every:
+            return
+        if order_for_epoch(self._run, round // self._every, [self._peer, *live])[0] == self._peer:
+            data = await self._compute.run(self._trainer.snapshot)
+            ref = SnapshotRef(round=round, root=self._store.put(data), size_bytes=len(data))
+            self._hold(ref)
+            self._events.emit("snapshot_published", round=round, root=ref.root[:12])
+
+    async def keep_copies(self, live: Mapping[PeerId, PeerRecord]) -> None:
+        """Fetch and check the newest snapshot that others publish, if the lot makes this peer one of its keepers."""
+        newest_held = max((ref.round for ref in self.held), default=-1)
+        offers = [(ref, peer) for peer, record in live.items() for ref in record.snapshots if ref.round > newest_held]
+        for ref, publisher in sorted(offers, key=lambda offer: -offer[0].round):
+            order = order_for_epoch(self._run, ref.round // self._every, [self._peer, *live])
+            if ref.root in self._refused or self._peer not in order[:NUM_KEEPERS]:
+                continue
+            if await self._fetch(ref, [peer for peer, record in live.items() if ref in record.snapshots]):
+                self._hold(ref)
+                self._events.emit("snapshot_kept", round=ref.round, root=ref.root[:12], source=publisher)
+            return
+
+    def adopt(self, ref: SnapshotRef) -> None:
+        """Hold the snapshot this peer itself started from."""
+        self._hold(ref)
+
+    async def _fetch(self, ref: SnapshotRef, donors: list[PeerId]) -> bool:
+        limit = max_snapshot_bytes(self._trainer.manifest.model.num_parameters)
+        try:
+            blob = BlobId(ref.root)
+            await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
+            weights = self._trainer.read_snapshot(self._store.read(blob))
+        except CheckpointError as error:
+            return self._refuse(ref, str(error))
+        except LlmNodeError as error:  # unreachable just now: look again at the next refresh
+            self._events.emit("snapshot_unavailable", round=ref.round, root=ref.root[:12], reason=str(error))
+            return False
+        loss, own = await self._compute.run(self._trainer.evaluate, weights), self._own_loss()
+        if own is not None and not loss <= own + LOSS_MARGIN:
+            return self._refuse(ref, f"its held-out loss {loss:.3f} is far above our own {own:.3f}")
+        return True
+
+    def _refuse(self, ref: SnapshotRef, reason: str) -> bool:
+        self._refused.add(ref.root)
+        self._store.remove(BlobId(ref.root))
+        self._events.emit("snapshot_refused", round=ref.round, root=ref.root[:12], reason=reason)
+        return False
+
+    def _hold(self, ref: SnapshotRef) -> None:
+        self.held = sorted([*(r for r in self.held if r.root != ref.root), ref], key=lambda r: r.round)
+        for old in self.held[:-NUM_KEPT]:
+            self._store.remove(BlobId(old.root))
+        self.held = self.held[-NUM_KEPT:]
+        self._publish(list(self.held))

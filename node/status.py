@@ -1,0 +1,132 @@
+"""Asks one peer how its swarm is doing: the light client behind `llm-node status`.
+
+It speaks libp2p through py-libp2p (trio), an implementation that shares no code with the go-libp2p daemon the peers run, so it
+also shows that `/llm-node/status/1` can be read by others. py-libp2p and hivemind define the same protobuf symbols and can not
+live in one process: import this module only where neither hivemind nor torch is loaded. Importing it takes about half
+a second, nearly all of it py-libp2p's.
+
+Only Noise is offered as security: py-libp2p would by default also accept plaintext, under which anybody on the path could pose
+as the peer. The handshake proves that the other side holds the key in the address.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import libp2p
+import trio
+from libp2p.abc import INetStream
+from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519_keys
+from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_keys
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.host.exceptions import StreamFailure
+from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from multiaddr import Multiaddr
+
+from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL, parse_document, printable
+from protocol.errors import LlmNodeError, ProtocolError, UserError
+
+__all__ = ["fetch_status"]
+
+_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]{1,253})/tcp/(\d{1,5})/p2p/(12D3KooW[1-9A-HJ-NP-Za-km-z]{44})")
+_EXAMPLE = "/ip4/203.0.113.5/tcp/4001/p2p/12D3KooW…"
+_READ_BYTES = 1 << 16
+
+_NETWORK_ERRORS = (BaseLibp2pError, OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+def fetch_status(address: str, *, timeout_s: float = 15.0) -> dict[str, Any]:
+    """Fetch and check the status document of the peer at `address`. Runs its own trio loop; call it from no other loop.
+
+    Args:
+        address: multiaddress of TCP kind ending in `/p2p/<peer id>`, as peers print it.
+        timeout_s: for everything together: dialling, handshake and transfer.
+
+    Returns:
+        A document in the schema `bootstrap.document.StatusDocument`.
+
+    Raises:
+        UserError: the address is malformed, nobody answers there, somebody else does, or the peer serves no status.
+        ProtocolError: the peer answered with something that is not a status document.
+    """
+    peer = _parse_address(address)
+    # py-libp2p logs every failed attempt to stderr; what matters is in the error that is raised.
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)
+    try:
+        outcome = trio.run(_fetch, peer, timeout_s)
+    except ExceptionGroup as group:
+        # py-libp2p's own tasks fail as a group, for instance when the other side breaks its framing.
+        raise UserError(f"{address} broke off the connection ({_leaf(group)}); is it an llm-node peer?") from None
+    if isinstance(outcome, bytes):
+        return parse_document(outcome)
+    if isinstance(outcome, LlmNodeError):
+        raise outcome
+    raise UserError(_explain(address, outcome, timeout_s)) from None
+
+
+def _parse_address(address: str) -> PeerInfo:
+    match = _ADDRESS.fullmatch(address.strip())
+    if match is None:
+        raise UserError(f"peer address {printable(address[:200])!r} is malformed; it must look like {_EXAMPLE}")
+    try:
+        return info_from_p2p_addr(Multiaddr(match.group(0)))
+    except ValueError as error:
+        raise UserError(
+            f"peer address {address.strip()} is malformed ({error}); it must look like {_EXAMPLE}"
+        ) from None
+
+
+async def _fetch(peer: PeerInfo, timeout_s: float) -> bytes | Exception:
+    """The document's bytes, or what went wrong: raised inside the host it would come out wrapped in a group."""
+    keys = new_ed25519_keys()
+    noise = NoiseTransport(keys, noise_privkey=new_x25519_keys().private_key)
+    host = libp2p.new_host(key_pair=keys, sec_opt={NOISE: noise})
+    outcome: bytes | Exception = TimeoutError()
+    with trio.move_on_after(timeout_s):
+        async with host.run(listen_addrs=[]):
+            try:
+                await host.connect(peer)
+                outcome = await _read_frame(await host.new_stream(peer.peer_id, [TProtocol(STATUS_PROTOCOL)]))
+            except (LlmNodeError, *_NETWORK_ERRORS) as error:
+                outcome = error
+    return outcome
+
+
+async def _read_frame(stream: INetStream) -> bytes:
+    num_bytes = int.from_bytes(await _read_exactly(stream, 4), "big")
+    if num_bytes > MAX_DOCUMENT_BYTES:
+        raise ProtocolError(f"status document of {num_bytes} bytes exceeds {MAX_DOCUMENT_BYTES}")
+    return await _read_exactly(stream, num_bytes)
+
+
+async def _read_exactly(stream: INetStream, num_bytes: int) -> bytes:
+    data = bytearray()
+    while len(data) < num_bytes:
+        chunk = await stream.read(min(num_bytes - len(data), _READ_BYTES))
+        if not chunk:
+            raise EOFError(f"stream ended after {len(data)} of {num_bytes} bytes")
+        data += chunk
+    return bytes(data)
+
+
+def _explain(address: str, error: Exception, timeout_s: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"{address} did not answer within {timeout_s:g} s; check the address, and that the peer is running"
+    if isinstance(error, StreamFailure):
+        return f"{address} is there but serves no status; is it an llm-node peer of this version?"
+    if isinstance(error, EOFError):
+        return f"{address} broke off in the middle of its status; try again"
+    if "failed to upgrade security" in str(error.__cause__):
+        return f"something answers at {address}, but it is not that peer; ask for the peer's present address"
+    return f"{address} can not be reached; check the address, and that the peer is running and its port open"
+
+
+def _leaf(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return type(error).__name__

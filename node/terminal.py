@@ -1,0 +1,111 @@
+"""Long-running commands in a terminal: the event loop, the signals, and what is drawn meanwhile.
+
+The first Ctrl-C (or SIGTERM) leaves properly: the step and the write in progress are finished, the directory hears a
+goodbye. Before training has begun there is nothing to finish, and it ends at once. A second Ctrl-C always ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from node.coordinator import CoordinatorOptions, coordinate
+from node.events import EventLog
+from node.home import Home
+from node.join import JoinOptions, join
+from node.peer import Peer, PeerOptions, Summary
+from node.view import JsonView, LiveView, PlainView, run_lines, show_bootstrap, summary_lines
+from protocol.errors import LlmNodeError
+
+__all__ = ["run_bootstrap", "run_join"]
+
+T = TypeVar("T")
+
+
+def run_bootstrap(home: Home, manifest: Path, options: CoordinatorOptions, *, as_json: bool) -> None:
+    """Serve a run until a signal comes."""
+    console = Console()
+    log = EventLog()
+    log.listen(JsonView(console) if as_json else show_bootstrap(console))
+
+    async def main() -> None:
+        stopping = asyncio.Event()
+        _on_signals(stopping.set)
+        await coordinate(home, manifest, options, events=log, stopping=stopping)
+
+    _run(main())
+
+
+def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json: bool) -> None:
+    """Take part in a run until it ends or a signal comes, and say farewell."""
+    console = Console()
+    log = EventLog()
+    live = LiveView(console) if console.is_terminal and not as_json else None
+    log.listen(JsonView(console) if as_json else live or PlainView(console))
+
+    async def main() -> Summary:
+        this = asyncio.current_task()
+        assert this is not None
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def on_start(peer: Peer) -> None:
+                _on_signals(lambda: peer.stop() if peer.progress.state == "training" else this.cancel())
+                if live is not None:
+                    await stack.enter_async_context(live.showing(peer))
+                elif not as_json:
+                    console.print("\n".join(run_lines(peer.manifest)), highlight=False, soft_wrap=True)
+
+            return await join(home, network, options, events=log, on_start=on_start)
+
+    summary = _run(main())
+    if as_json:
+        log.emit("summary", **asdict(summary))
+    else:
+        console.print("\n".join(summary_lines(summary)), highlight=False, soft_wrap=True)
+
+
+def _on_signals(first: Callable[[], object]) -> None:
+    presses = 0
+
+    def pressed() -> None:
+        nonlocal presses
+        presses += 1
+        if presses > 1:
+            os._exit(130)
+        first()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, pressed)
+
+
+def _run(main: Coroutine[Any, Any, T]) -> T:
+    """Run on uvloop where it exists. Errors for the user come out alone, not inside a group of a task's parents."""
+    factory = None
+    if sys.platform != "win32":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(main)
+    except BaseExceptionGroup as group:
+        if (expected := group.subgroup(LlmNodeError)) is not None:
+            raise _first_leaf(expected) from None
+        raise
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,233 @@
+"""The training state of one peer and everything that torch does to it. Synchronous: the node calls it on its compute thread.
+
+A round is `inner_steps` calls of `step`, then `pack` (what to send) and, whenever the exchange has ended, `apply`. With
+overlap, `apply` happens between two steps of the next round: the weights get the outer step's correction and keep the
+local progress made meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from averaging.admission import AdmissionConfig
+from averaging.flatten import FlatParameters
+from averaging.outer import OuterConfig
+from averaging.replica import Outcome, Replica, ReplicaConfig
+from averaging.update import RemoteUpdate, Update
+from model.batches import RoundBatches, heldout_batches
+from model.config import ModelConfig
+from model.data import Tokens
+from model.initial import initialise, weights_sha256
+from model.optim import InnerConfig, build_optimizer, learning_rate, set_learning_rate
+from model.transformer import Transformer
+from model.weights import decode_weights, encode_weights
+from protocol.errors import UserError
+from protocol.manifest import Manifest
+
+__all__ = ["StepStats", "Trainer", "inner_config", "model_config", "new_model"]
+
+EVAL_SEQUENCES = 16
+"""Held-out sequences per forward pass; bounds the memory of an evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One inner step."""
+
+    loss: float
+    tokens: int
+    seconds: float
+
+
+def model_config(manifest: Manifest) -> ModelConfig:
+    """The manifest's model section as the model's own configuration."""
+    return ModelConfig(**manifest.model.model_dump())
+
+
+def inner_config(manifest: Manifest) -> InnerConfig:
+    """The manifest's inner section as the optimizer's own configuration."""
+    return InnerConfig(**manifest.inner.model_dump())
+
+
+def new_model(manifest: Manifest, *, verify: bool = True) -> Transformer:
+    """The run's model in its initial state.
+
+    Args:
+        verify: check the weights against the manifest's hash.
+
+    Raises:
+        UserError: the hash differs, so this machine would train another model than the others.
+    """
+    model = Transformer(model_config(manifest))
+    initialise(model, manifest.initial_state.seed)
+    if verify and weights_sha256(dict(model.named_parameters())) != manifest.initial_state.sha256:
+        raise UserError(
+            "the initial weights made here differ from the manifest's initial_state.sha256; "
+            "the organiser must run `llm-node init` again after changing the model"
+        )
+    return model
+
+
+class Trainer:
+    """Model, inner optimizer and slow weights of one peer.
+
+    Args:
+        manifest: the run.
+        heldout: held-out tokens [T].
+        device: torch device of the training state.
+    """
+
+    def __init__(self, manifest: Manifest, *, heldout: Tokens, device: str = "cpu") -> None:
+        self.manifest = manifest
+        sync, safety = manifest.sync, manifest.safety
+        self.model = new_model(manifest).to(device)
+        self.flat = FlatParameters(self.model)
+        self._inner = inner_config(manifest)
+        self.optimizer = build_optimizer(self.model, self._inner)
+        self.replica = Replica(
+            self.flat.theta,
+            ReplicaConfig(
+                outer=OuterConfig(algorithm=sync.algorithm, alpha=sync.alpha, beta=sync.beta, gamma=sync.gamma),
+                admission=AdmissionConfig(**safety.model_dump()),
+                delta_codec=sync.delta_codec,
+                slow_codec=sync.slow_codec,
+            ),
+        )
+        self._heldout = heldout
+        self._device = device
+        self.round = 0
+        self.step_in_round = 0
+        self.tokens_in_round = 0
+        self.tokens = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Inner steps of a finite run; 0 for a run without end."""
+        return self.manifest.sync.total_rounds * self.manifest.sync.inner_steps
+
+    def step(self, batches: RoundBatches, num_sequences: int) -> StepStats:
+        """One inner step on `num_sequences` sequences drawn from `batches`."""
+        started = time.perf_counter()
+        batch = batches.next(num_sequences).to(self._device)
+        sync = self.manifest.sync
+        step = self.round * sync.inner_steps + self.step_in_round
+        decay_steps = sync.decay_rounds * sync.inner_steps
+        rate = learning_rate(step, config=self._inner, total_steps=self.total_steps, decay_steps=decay_steps)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=False)
+        loss = self.model.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._inner.clip_norm)
+        self.optimizer.step()
+        tokens = num_sequences * self.manifest.inner.sequence_tokens
+        self.step_in_round += 1
+        self.tokens_in_round += tokens
+        self.tokens += tokens
+        return StepStats(loss=float(loss.detach()), tokens=tokens, seconds=time.perf_counter() - started)
+
+    def end_round(self, next_round: int) -> Update:
+        """Close the round: what to send for it; the next step belongs to `next_round`."""
+        update = self.replica.pack(round=self.round, tokens=self.tokens_in_round)
+        self.round = next_round
+        self.step_in_round = 0
+        self.tokens_in_round = 0
+        return update
+
+    def apply(self, partners: Sequence[RemoteUpdate]) -> Outcome:
+        """The outer step of the last closed round, alone when `partners` is empty."""
+        return self.replica.apply(partners)
+
+    @torch.no_grad()
+    def evaluate(self, weights: Mapping[str, Tensor] | None = None) -> float:
+        """Mean loss over the held-out set in nats per token, of the current weights or of others of the same shapes."""
+        total, count = 0.0, 0
+        length = self.manifest.inner.sequence_tokens
+        with self._using(weights):
+            for batch in heldout_batches(self._heldout, sequence_tokens=length, num_sequences=EVAL_SEQUENCES):
+                total += float(self.model.loss(batch.to(self._device))) * len(batch)
+                count += len(batch)
+        return total / count
+
+    @contextlib.contextmanager
+    def _using(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Let the model compute with other weights for a moment; its own stay where they are."""
+        own = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        try:
+            for name, parameter in self.model.named_parameters():
+                parameter.data = own[name] if weights is None else weights[name].to(self._device)
+            yield
+        finally:
+            for name, parameter in self.model.named_parameters():
+                parameter.data = own[name]
+
+    def snapshot(self) -> bytes:
+        """The slow weights as a safetensors file, which joiners start from."""
+        return encode_weights(self.flat.views(self.replica.phi))
+
+    def read_snapshot(self, data: bytes) -> dict[str, Tensor]:
+        """Decode a snapshot of this run's model.
+
+        Raises:
+            CheckpointError: other names, shapes or types, or values that are not finite.
+        """
+        return decode_weights(data, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
+
+    def adopt(self, weights: Mapping[str, Tensor], round: int) -> None:
+        """Enter the swarm at `round` with another peer's slow weights; momentum and optimizer start from zero."""
+        phi = torch.empty_like(self.flat.theta)
+        for name, view in self.flat.views(phi).items():
+            view.copy_(weights[name])
+        self.replica.replace_slow(phi)
+        self.round = round
+
+    def checkpoint(self, batches: RoundBatches | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything needed to go on: tensors, and a JSON-able part with the counters and the data cursor."""
+        tensors = {f"replica.{key}": value for key, value in self.replica.state_dict().items()}
+        tensors["theta"] = self.flat.theta
+        optimizer = self.optimizer.state_dict()
+        for index, state in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+        meta = {
+            "round": self.round,
+            "step_in_round": self.step_in_round,
+            "tokens_in_round": self.tokens_in_round,
+            "tokens": self.tokens,
+            # Before a round's first step, `batches` may still be those of the round before.
+            "cursor": batches.cursor if batches is not None and self.step_in_round else None,
+            "admission": self.replica.admission.state_dict(),
+            "optimizer": {
+                str(index): {key: v for key, v in state.items() if not isinstance(v, Tensor)}
+                for index, state in optimizer["state"].items()
+            },
+        }
+        return tensors, meta
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Go on where `checkpoint` left off.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: the checkpoint belongs to another model.
+        """
+        self.replica.load_state_dict(
+            {key.removeprefix("replica."): value for key, value in tensors.items() if key.startswith("replica.")}
+        )
+        self.replica.admission.load_state_dict(meta["admission"])
+        self.flat.theta.copy_(tensors["theta"])
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {int(index): dict(state) for index, state in meta["optimizer"].items()}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                optimizer["state"][int(index)][name] = value.clone()
+        self.optimizer.load_state_dict(optimizer)
+        self.round = int(meta["round"])
+        self.step_in_round = int(meta["step_in_round"])
+        self.tokens_in_round = int(meta["tokens_in_round"])
+        self.tokens = int(meta["tokens"])

@@ -1,0 +1,90 @@
+"""What a peer says about itself: one signed record, refreshed every few seconds in the directory.
+
+The same record lets others find the peer, choose it as a partner or donor, and draw the status page; so a page needs
+no server of its own. It is small (≤ 4 KiB signed), every field is bounded, and the signature binds it to the libp2p identity:
+the directory's subkey must equal the signer's peer id. Freshness is decided by `sequence`, never by a clock.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["MAX_RECORD_BYTES", "ExchangeNote", "PeerRecord", "SnapshotRef"]
+
+MAX_RECORD_BYTES = 4096
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PeerIdText = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Loss = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SnapshotRef(_Strict):
+    """A whole training state that this peer holds, has checked, and serves to joiners."""
+
+    round: Count
+    root: Hash
+    """Merkle root of the snapshot blob."""
+    size_bytes: Count
+
+
+class ExchangeNote(_Strict):
+    """How one recent exchange ended."""
+
+    round: Count
+    partner: PeerIdText | None
+    """None when no partner was found."""
+    outcome: Literal["averaged", "clipped", "refused", "alone", "timeout", "lost"]
+    """averaged, clipped (averaged after clipping), refused (partner's update was out of bounds), alone (no partner free),
+    timeout (deadline passed), lost (partner vanished)."""
+    seconds: Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class PeerRecord(_Strict):
+    """One peer's self-description at one moment."""
+
+    run: Hash
+    peer: PeerIdText
+    sequence: Count
+    """Strictly increasing over the life of the identity, restarts included (milliseconds of the peer's clock, or last + 1)."""
+    role: Literal["trainer", "bootstrap"]
+    state: Literal["joining", "training", "leaving", "serving"]
+    """joining: fetching state; training; leaving: said goodbye; serving: a bootstrap node."""
+    name: Annotated[str, Field(max_length=32)] = ""
+    """Chosen by the owner; shown as plain text only."""
+    version: Annotated[str, Field(max_length=32)] = ""
+    addresses: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=8)] = []
+    started_at_s: Annotated[float, Field(ge=0.0, le=1e11)]
+    """Unix time of the peer's start, by its own clock; for display only."""
+    sent_at_s: Annotated[float, Field(ge=0.0, le=1e11)]
+    """Unix time of this record, by the peer's clock. For display and the clock-skew warning; and the directory refuses
+    an expiry long after it, so that an old record cannot be re-stored to outlive newer ones."""
+
+    round: Count = 0
+    step: Count = 0
+    """Inner steps taken in this round."""
+    inner_steps: Count = 0
+    sequences_per_step: Count = 0
+    tokens: Count = 0
+    """Tokens trained by this peer in this run."""
+    tokens_per_s: Annotated[float, Field(ge=0.0, le=1e12)] = 0.0
+    train_loss: Loss | None = None
+    val_loss: Loss | None = None
+    """Loss on the held-out set at the end of round `val_round`, nats per token."""
+    val_round: Count | None = None
+    eta_s: Annotated[float, Field(ge=0.0, le=1e9)] | None = None
+    """Expected seconds to the end of the round."""
+    sent_bytes: Count = 0
+    received_bytes: Count = 0
+    exchanges_ok: Count = 0
+    exchanges_failed: Count = 0
+    recent: Annotated[list[ExchangeNote], Field(max_length=4)] = []
+    """Newest last."""
+    snapshots: Annotated[list[SnapshotRef], Field(max_length=2)] = []
+    """Newest last."""

@@ -1,0 +1,82 @@
+"""Inner optimizer and learning rate."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from model.errors import DataError
+from model.optim import InnerConfig, build_optimizer, learning_rate, set_learning_rate
+from tests.model.shapes import small_model
+
+CONFIG = InnerConfig(lr=0.01, sequence_tokens=16, warmup_steps=10)
+
+
+def test_weight_decay_spares_norms() -> None:
+    model = small_model()
+    matrices, norms = build_optimizer(model, CONFIG).param_groups
+    assert matrices["weight_decay"] == CONFIG.weight_decay
+    assert norms["weight_decay"] == 0
+    assert len(norms["params"]) == 2 * 2 + 1
+    assert len(matrices["params"]) + len(norms["params"]) == len(list(model.parameters()))
+
+
+def test_a_few_steps_overfit_one_batch() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, CONFIG)
+    tokens = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(0))
+    start = float(model.loss(tokens).detach())
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.autograd.backward([model.loss(tokens)])
+        optimizer.step()
+    assert float(model.loss(tokens).detach()) < 0.5 * start
+
+
+def test_warmup_stable_decay() -> None:
+    def rate(step: int) -> float:
+        return learning_rate(step, config=CONFIG, total_steps=100, decay_steps=20)
+
+    assert rate(0) == pytest.approx(0.001)
+    assert rate(9) == rate(50) == rate(80) == 0.01
+    assert rate(90) == pytest.approx(0.0055)
+    assert rate(100) == rate(500) == pytest.approx(0.001)
+
+
+def test_endless_runs_stay_on_the_plateau() -> None:
+    assert learning_rate(10**9, config=CONFIG) == 0.01
+    assert learning_rate(0, config=InnerConfig(lr=0.01, sequence_tokens=16, warmup_steps=0)) == 0.01
+
+
+def test_rate_reaches_every_group() -> None:
+    optimizer = build_optimizer(small_model(), CONFIG)
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_eight_bit_states_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(DataError, match="pip install bitsandbytes"):
+        build_optimizer(small_model(), InnerConfig(lr=0.01, sequence_tokens=16, optimizer="adamw8bit"))
+
+
+def test_unknown_optimizer() -> None:
+    with pytest.raises(DataError, match="use adamw"):
+        build_optimizer(small_model(), InnerConfig(lr=0.01, sequence_tokens=16, optimizer="sgd"))
+
+
+def test_eight_bit_adamw_learns() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, InnerConfig(lr=0.01, sequence_tokens=16, optimizer="adamw8bit"))
+    tokens = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(0))
+    start = float(model.loss(tokens).detach())
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.autograd.backward([model.loss(tokens)])
+        optimizer.step()
+    assert float(model.loss(tokens).detach()) < 0.6 * start
+    assert torch.uint8 in {
+        value.dtype for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    }

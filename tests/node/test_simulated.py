@@ -1,0 +1,138 @@
+"""Whole swarms on the memory transport in virtual time: the node's real code from joining to farewell."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from node.compute import VirtualCompute
+from node.demo import relative_spread
+from node.events import EventLog
+from node.peer import Peer, PeerOptions, Summary
+from node.simulated import run_swarm
+from protocol.blobs import BlobStore
+from protocol.directory import validate_entry
+from protocol.identity import Identity
+from protocol.memory import LinkSpec, MemoryNetwork, MemoryTransport
+from protocol.publication import SignedManifest
+from protocol.virtual_time import run_virtual
+from tests.node.runs import tiny_run
+
+
+def phi(peer: Peer) -> torch.Tensor:
+    assert peer.trainer is not None
+    return peer.trainer.replica.phi.clone()
+
+
+class Swarm:
+    """A few peers on one memory network, each with its own blob store and folder, steered by a test."""
+
+    def __init__(self, signed: SignedManifest, seed_store: BlobStore, folder: Path) -> None:
+        self.signed, self.seed_store, self.folder = signed, seed_store, folder
+        self.network = MemoryNetwork(link=LinkSpec(latency_s=0.01, bytes_per_s=1e7))
+        self.peers: dict[str, Peer] = {}
+        self.events: dict[str, list[str]] = {}
+        self.summaries: dict[str, Summary] = {}
+
+    async def live(self, name: str, *, rounds: int = 0, own_store: bool = False) -> Summary:
+        """One peer's whole life."""
+        identity = Identity.generate(name.encode().ljust(32, b"."))
+        home = self.folder / name
+        home.mkdir(exist_ok=True)
+        log: list[str] = self.events.setdefault(name, [])
+        events = EventLog()
+        events.listen(lambda event, fields: log.append(event))
+        async with MemoryTransport(self.network, identity.peer_id, validator=validate_entry) as transport:
+            peer = self.peers[name] = Peer(
+                self.signed,
+                identity=identity,
+                transport=transport,
+                store=BlobStore(home / "blobs") if own_store else self.seed_store,
+                compute=VirtualCompute(seconds_per_call=0.3),
+                events=events,
+                folder=home,
+                options=PeerOptions(name=name, sequences=4, max_rounds=rounds),
+            )
+            self.summaries[name] = await peer.run()
+            return self.summaries[name]
+
+
+@pytest.mark.parametrize("num_peers", [1, 2, 3])
+def test_swarm_trains_to_the_end(tmp_path: Path, num_peers: int) -> None:
+    signed, store = tiny_run(tmp_path)
+    peers, summaries = run_virtual(run_swarm(signed, store, num_peers, seed=0))
+    for summary in summaries:
+        assert summary.finished
+        assert summary.val_loss_start is not None
+        assert summary.val_loss_end is not None
+        assert summary.val_loss_end < summary.val_loss_start
+    averaged = sum(summary.exchanges_ok for summary in summaries)
+    assert averaged == (0 if num_peers == 1 else 2 * signed.manifest.sync.total_rounds)
+    assert sum(summary.exchanges_failed for summary in summaries) == 0
+    if num_peers > 1:
+        assert relative_spread([phi(peer) for peer in peers]) < 0.5
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
+    signed, store = tiny_run(tmp_path, sync__total_rounds=2)
+    first, _ = run_virtual(run_swarm(signed, store, 3, seed=1))
+    second, _ = run_virtual(run_swarm(signed, store, 3, seed=1))
+    assert all(torch.equal(phi(a), phi(b)) for a, b in zip(first, second, strict=True))
+
+
+def test_a_stopped_peer_resumes_bit_for_bit(tmp_path: Path) -> None:
+    # Without overlap: a session's last exchange is always waited for, so with it the outer step would come at another moment.
+    signed, store = tiny_run(tmp_path, sync__overlap=False)
+    whole = Swarm(signed, store, tmp_path)
+    run_virtual(whole.live("whole"))
+    # The second life has the same identity, hence the same shards, under another folder.
+    parts = Swarm(signed, store, tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    run_virtual(parts.live("whole", rounds=2))
+    run_virtual(parts.live("whole"))
+    assert "resumed" in parts.events["whole"]
+    assert torch.equal(phi(whole.peers["whole"]), phi(parts.peers["whole"]))
+
+
+def test_a_late_peer_takes_its_state_from_the_others(tmp_path: Path) -> None:
+    signed, store = tiny_run(tmp_path, sync__total_rounds=0)
+    swarm = Swarm(signed, store, tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in ("a", "b", "c"):
+                tasks.create_task(swarm.live(name, rounds=30))
+            await asyncio.sleep(25)
+            await swarm.live("late", rounds=3, own_store=True)
+            for name in ("a", "b", "c"):
+                swarm.peers[name].stop()
+
+    run_virtual(story())
+    assert "state_adopted" in swarm.events["late"]
+    late = swarm.summaries["late"]
+    first = swarm.summaries["a"]
+    assert late.val_loss_start is not None
+    assert first.val_loss_start is not None
+    assert late.val_loss_start < first.val_loss_start - 0.3, "it starts from what the others have learnt"
+
+
+def test_a_crash_costs_the_others_nothing_but_the_partner(tmp_path: Path) -> None:
+    signed, store = tiny_run(tmp_path, sync__total_rounds=6)
+    swarm = Swarm(signed, store, tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            survivors = [tasks.create_task(swarm.live(name)) for name in ("a", "b")]
+            victim = tasks.create_task(swarm.live("victim"))
+            await asyncio.sleep(7)
+            swarm.network.crash(swarm.peers["victim"].progress.peer)
+            victim.cancel()
+            await asyncio.wait(survivors)
+
+    run_virtual(story())
+    assert swarm.summaries["a"].finished
+    assert swarm.summaries["b"].finished
+    assert swarm.summaries["a"].exchanges_ok >= 2

@@ -1,0 +1,400 @@
+"""What every transport promises, checked on both: the in-process one and the real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from protocol.dht_rules import Validator
+from protocol.errors import DeadlineError, PeerUnreachableError, ProtocolError, StreamClosedError, UserError
+from protocol.identity import Identity
+from protocol.ids import PeerId
+from protocol.incoming import MAX_STREAMS_PER_PEER
+from protocol.memory import MemoryNetwork, MemoryTransport
+from protocol.transport import Stream, Transport
+from tests.protocol.eventually import eventually
+
+ECHO = "/llm-node/echo/1"
+
+
+class World:
+    """Makes transports of one kind, each joined to the first."""
+
+    def __init__(self, kind: str, folder: Path, stack: AsyncExitStack) -> None:
+        self.kind = kind
+        self.transports: list[Transport] = []
+        self._folder = folder
+        self._stack = stack
+        self._network = MemoryNetwork()
+
+    async def peer(self, *, validator: Validator | None = None, alone: bool = False) -> Transport:
+        index = len(self.transports)
+        invitations = [] if alone or not self.transports else await self.transports[0].addresses()
+        transport: Transport
+        if self.kind == "memory":
+            identity = Identity.generate(bytes([index]) * 32)
+            transport = MemoryTransport(self._network, identity.peer_id, validator=validator)
+        else:
+            from protocol.libp2p import Libp2pTransport
+
+            transport = Libp2pTransport(
+                identity=Identity.load_or_create(self._folder / f"{index}" / "key"),
+                listen=["/ip4/127.0.0.1/tcp/0"],
+                initial_peers=invitations,
+                runtime_dir=self._folder / f"{index}" / "run",
+                validator=validator,
+            )
+        await self._stack.enter_async_context(transport)
+        self.transports.append(transport)
+        return transport
+
+    async def pair(self) -> tuple[Transport, Transport]:
+        return await self.peer(), await self.peer()
+
+
+@pytest.fixture(params=["memory", pytest.param("libp2p", marks=pytest.mark.net)])
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    before = asyncio.all_tasks()
+    async with AsyncExitStack() as stack:
+        yield World(request.param, tmp_path, stack)
+    assert asyncio.all_tasks() - before <= {asyncio.current_task()}, "a task was left behind"
+
+
+async def serve(transport: Transport, protocol: str, handler: object) -> None:
+    transport.handle(protocol, handler)  # type: ignore[arg-type]
+    await transport.addresses()  # any call to a transport settles its registrations
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        num_bytes = int.from_bytes(await stream.read_exactly(4), "big")
+        await stream.write(await stream.read_exactly(num_bytes))
+
+
+async def ask(stream: Stream, data: bytes) -> bytes:
+    async with asyncio.TaskGroup() as group:
+        answer = group.create_task(stream.read_exactly(len(data)))
+        await stream.write(len(data).to_bytes(4, "big"))
+        await stream.write(data)
+    return answer.result()
+
+
+async def write_until_it_fails(stream: Stream) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            await stream.write(bytes(65_536))
+
+
+async def test_bytes_travel_both_ways(world: World) -> None:
+    a, b = await world.pair()
+    await serve(b, ECHO, echo)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        assert await ask(stream, b"hello") == b"hello"
+        big = bytes(range(256)) * 12_000
+        assert await ask(stream, big) == big
+
+
+async def test_memoryviews_are_written_whole(world: World) -> None:
+    a, b = await world.pair()
+    await serve(b, ECHO, echo)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        await stream.write((8).to_bytes(4, "big"))
+        await stream.write(memoryview(b"01234567").cast("Q"))
+        assert await stream.read_exactly(8) == b"01234567"
+
+
+async def test_both_ends_know_who_the_other_is(world: World) -> None:
+    a, b = await world.pair()
+    seen: list[PeerId] = []
+
+    async def note(stream: Stream) -> None:
+        seen.append(stream.peer)
+        await stream.write(b"!")
+
+    await serve(b, ECHO, note)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        await stream.read_exactly(1)
+        assert stream.peer == b.peer_id
+    assert seen == [a.peer_id]
+
+
+async def test_bytes_written_before_close_arrive_then_the_stream_ends(world: World) -> None:
+    a, b = await world.pair()
+
+    async def greet(stream: Stream) -> None:
+        await stream.write(bytes(300_000))
+
+    await serve(b, ECHO, greet)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        assert await stream.read_exactly(300_000) == bytes(300_000)
+        with pytest.raises(StreamClosedError):
+            await stream.read_exactly(1)
+
+
+async def test_a_half_read_message_is_an_error(world: World) -> None:
+    a, b = await world.pair()
+
+    async def stutter(stream: Stream) -> None:
+        await stream.write(b"abc")
+
+    await serve(b, ECHO, stutter)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        with pytest.raises(StreamClosedError):
+            await stream.read_exactly(4)
+
+
+async def test_a_closed_stream_refuses_everything_and_closes_again(world: World) -> None:
+    a, b = await world.pair()
+    await serve(b, ECHO, echo)
+    stream = await a.open(b.peer_id, ECHO)
+    await stream.close()
+    await stream.close()
+    with pytest.raises(StreamClosedError):
+        await stream.read_exactly(1)
+    with pytest.raises(StreamClosedError):
+        await stream.write(b"x")
+
+
+async def test_writing_to_a_peer_that_closed_fails_soon(world: World) -> None:
+    a, b = await world.pair()
+
+    async def hang_up(stream: Stream) -> None:
+        pass
+
+    await serve(b, ECHO, hang_up)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        with pytest.raises(StreamClosedError):
+            await write_until_it_fails(stream)
+
+
+async def test_a_reader_that_waits_is_woken_by_the_end(world: World) -> None:
+    a, b = await world.pair()
+    ended = asyncio.Event()
+
+    async def wait(stream: Stream) -> None:
+        try:
+            await stream.read_exactly(1)
+        except StreamClosedError:
+            ended.set()
+            raise
+
+    await serve(b, ECHO, wait)
+    stream = await a.open(b.peer_id, ECHO)
+    await stream.close()
+    async with asyncio.timeout(10):
+        await ended.wait()
+
+
+async def test_a_writer_waits_for_a_slow_reader(world: World) -> None:
+    a, b = await world.pair()
+    read_on = asyncio.Event()
+    num_bytes = 64 << 20
+
+    async def dawdle(stream: Stream) -> None:
+        await read_on.wait()
+        for _ in range(64):
+            await stream.read_exactly(1 << 20)
+        await stream.write(b"k")
+
+    await serve(b, ECHO, dawdle)
+    async with await a.open(b.peer_id, ECHO) as stream, asyncio.TaskGroup() as group:
+        writing = group.create_task(stream.write(bytes(num_bytes)))
+        done, _ = await asyncio.wait((writing,), timeout=0.5)
+        assert not done
+        read_on.set()
+        assert await stream.read_exactly(1) == b"k"
+        assert writing.done()
+
+
+async def test_unknown_protocols_and_peers_are_unreachable(world: World) -> None:
+    a, b = await world.pair()
+    with pytest.raises(PeerUnreachableError):
+        await a.open(b.peer_id, "/llm-node/nothing/1")
+    with pytest.raises((PeerUnreachableError, DeadlineError)):
+        await a.open(Identity.generate(b"\x62" * 32).peer_id, ECHO, timeout_s=3.0)
+    with pytest.raises(PeerUnreachableError):
+        await a.open(a.peer_id, ECHO)
+
+
+async def test_a_handler_can_be_added_and_replaced_while_running(world: World) -> None:
+    a, b = await world.pair()
+
+    async def say(stream: Stream) -> None:
+        await stream.write(b"2")
+
+    await serve(b, ECHO, echo)
+    await serve(b, ECHO, say)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        assert await stream.read_exactly(1) == b"2"
+
+
+async def test_connect_by_address(world: World) -> None:
+    a = await world.peer()
+    b = await world.peer(alone=True)
+    await serve(a, ECHO, echo)
+    (address,) = await a.addresses()
+    assert address.endswith(f"/p2p/{a.peer_id}")
+    assert await b.connect(address) == a.peer_id
+    async with await b.open(a.peer_id, ECHO) as stream:
+        assert await ask(stream, b"hi") == b"hi"
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "/ip4/1.2.3.4/tcp/80", "/ip4/1.2.3/tcp/80/p2p/x", "\0" * 5000])
+async def test_malformed_addresses_are_the_users_fault(world: World, address: str) -> None:
+    a = await world.peer()
+    with pytest.raises(UserError) as caught:
+        await a.connect(address)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+async def test_somebody_else_at_an_address_is_unreachable(world: World) -> None:
+    a, b = await world.peer(), await world.peer(alone=True)
+    (address,) = await a.addresses()
+    stranger = Identity.generate(b"\x63" * 32).peer_id
+    with pytest.raises(PeerUnreachableError):
+        await b.connect(address.replace(a.peer_id, stranger))
+    with pytest.raises(PeerUnreachableError):
+        await b.connect((await b.addresses())[0])
+
+
+async def test_learned_addresses_open_streams(world: World) -> None:
+    a = await world.peer()
+    b = await world.peer(alone=True)
+    await serve(a, ECHO, echo)
+    await b.learn(a.peer_id, ["rubbish", "/ip4/999.1.1.1/tcp/1/p2p/x", *(await a.addresses())])
+    async with await b.open(a.peer_id, ECHO) as stream:
+        assert await ask(stream, b"hi") == b"hi"
+
+
+async def test_a_failing_handler_takes_nothing_down(world: World) -> None:
+    a, b = await world.pair()
+    errors: list[Exception] = [ProtocolError("bad frame"), ZeroDivisionError("a bug"), StreamClosedError("gone")]
+
+    async def fail(stream: Stream) -> None:
+        raise errors.pop(0)
+
+    await serve(b, "/llm-node/fail/1", fail)
+    await serve(b, ECHO, echo)
+    while errors:
+        async with await a.open(b.peer_id, "/llm-node/fail/1") as stream:
+            with pytest.raises(StreamClosedError):
+                await stream.read_exactly(1)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        assert await ask(stream, b"still here") == b"still here"
+    incoming = b.incoming  # type: ignore[attr-defined]
+    assert incoming.violations(a.peer_id) == 1
+    assert incoming.num_bugs == 1
+
+
+async def test_one_peer_can_hold_only_so_many_streams(world: World) -> None:
+    a, b = await world.pair()
+    await serve(b, ECHO, echo)
+    async with AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(await a.open(b.peer_id, ECHO)) for _ in range(MAX_STREAMS_PER_PEER)]
+        for stream in streams:
+            assert await ask(stream, b"x") == b"x"
+        extra = await stack.enter_async_context(await a.open(b.peer_id, ECHO))
+        with pytest.raises(StreamClosedError):
+            await extra.read_exactly(1)
+        assert await ask(streams[0], b"x") == b"x"
+    async with asyncio.timeout(10):
+        while True:  # the places are free again as soon as the other side notices
+            async with await a.open(b.peer_id, ECHO) as stream:
+                try:
+                    assert await ask(stream, b"x") == b"x"
+                    break
+                except* StreamClosedError:
+                    pass
+
+
+async def test_traffic_is_counted_on_both_sides(world: World) -> None:
+    a, b = await world.pair()
+    await serve(b, ECHO, echo)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        await ask(stream, bytes(1000))
+    assert (a.traffic.sent_bytes, a.traffic.received_bytes) == (1004, 1000)
+    assert (b.traffic.sent_bytes, b.traffic.received_bytes) == (1000, 1004)
+
+
+async def test_leaving_ends_streams_and_handlers(world: World) -> None:
+    a, b = await world.pair()
+    cancelled = asyncio.Event()
+
+    async def wait_for_ever(stream: Stream) -> None:
+        try:
+            await stream.write(b"!")
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    await serve(b, ECHO, wait_for_ever)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        await stream.read_exactly(1)
+        await b.__aexit__(None, None, None)
+        assert cancelled.is_set()
+        async with asyncio.timeout(10):
+            with pytest.raises(StreamClosedError):
+                await stream.read_exactly(1)
+    with pytest.raises((PeerUnreachableError, DeadlineError)):
+        await a.open(b.peer_id, ECHO, timeout_s=3.0)
+
+
+async def test_a_cancelled_open_leaves_nothing(world: World) -> None:
+    a, b = await world.pair()
+    await serve(b, ECHO, echo)
+    opening = asyncio.ensure_future(a.open(b.peer_id, ECHO))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    async with await a.open(b.peer_id, ECHO) as stream:
+        assert await ask(stream, b"x") == b"x"
+
+
+async def test_dht_records_are_seen_by_all_and_replaced(world: World) -> None:
+    peers = [await world.peer() for _ in range(3)]
+    assert await peers[0].dht.get("run/peers/0/0") == []
+    assert await peers[1].dht.store("run/peers/0/0", "one", b"first", ttl_s=60)
+    assert await peers[2].dht.store("run/peers/0/0", "two", b"other", ttl_s=60)
+    for peer in peers:
+        assert {entry.subkey: entry.value for entry in await peer.dht.get("run/peers/0/0")} == {
+            "one": b"first",
+            "two": b"other",
+        }
+    for value, ttl_s in ((b"second", 60.0), (b"third", 5.0)):  # even one that asks for less time replaces
+        assert await peers[1].dht.store("run/peers/0/0", "one", value, ttl_s=ttl_s)
+        for peer in peers:
+            assert {entry.value for entry in await peer.dht.get("run/peers/0/0")} == {value, b"other"}
+
+
+async def test_dht_records_expire(world: World) -> None:
+    a, b = await world.pair()
+    assert await a.dht.store("key", "brief", b"x", ttl_s=0.5)
+    assert await a.dht.store("key", "long", b"y", ttl_s=60)
+
+    async def only_the_long_one_is_left() -> bool:
+        return {entry.subkey for entry in await b.dht.get("key")} == {"long"}
+
+    await eventually(only_the_long_one_is_left, timeout_s=10)
+
+
+async def test_dht_refuses_what_the_validator_refuses(world: World) -> None:
+    seen: list[tuple[str, str, bytes]] = []
+
+    def validate(key: str, subkey: str, value: bytes, expires_at_s: float, now_s: float) -> bool:
+        seen.append((key, subkey, value))
+        return key.startswith("run/") and value.startswith(subkey.encode())
+
+    a, b = await world.peer(validator=validate), await world.peer(validator=validate)
+    assert await a.dht.store("run/x", "me", b"me: hello", ttl_s=60)
+    assert ("run/x", "me", b"me: hello") in seen
+    assert not await a.dht.store("run/x", "you", b"me: forged", ttl_s=60)
+    assert not await a.dht.store("other/x", "me", b"me: foreign key", ttl_s=60)
+    assert not await a.dht.store("run/x", "big", b"big" + bytes(5000), ttl_s=60)
+    assert [entry.value for entry in await b.dht.get("run/x")] == [b"me: hello"]
+    assert await b.dht.get("other/x") == []
