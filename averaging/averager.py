@@ -107,7 +107,7 @@ class Averager:
                     candidates=candidates,
                     patience_s=_PATIENCE * (deadline_s - started_s),
                 )
-                self._door.attach(search)
+                self._door.attach(search, candidates=candidates)
                 ending = await search.run()
         except TimeoutError:
             ending = Ending(outcome="timeout", partner=search.partner if search else None)
@@ -142,7 +142,7 @@ class Averager:
                 ending = Ending(outcome="timeout", partner=peer)
             return _result(ending, started_s, attempts=1)
 
-        self._door.attach(group)
+        self._door.attach(group, candidates=candidates)
         try:
             async with asyncio.TaskGroup() as tasks:
                 swaps = [tasks.create_task(one(peer)) for peer in group.order]

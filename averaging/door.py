@@ -5,13 +5,15 @@ proposer that goes away is noticed at once. While this peer exchanges, suitors a
 `Listener`). Between exchanges the door answers by itself: it holds proposals made for our next round (the faster waits for
 the slower) and turns down what can not become a pair.
 
-A stranger costs at most one small message, one held stream and, in total, `MAX_HELD` of them.
+A stranger costs at most one small message and one held stream; there are `MAX_HELD` of these in total, and when they are all
+taken, strangers give way to candidates of the last exchange.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Protocol
 
@@ -25,8 +27,8 @@ from protocol.wire import read_message, write_message
 
 __all__ = ["MAX_HELD", "Door", "Listener", "Suitor"]
 
-MAX_HELD = 256
-"""Proposals held at once, all peers together; one per peer."""
+MAX_HELD = 64
+"""Proposals held at once, one per peer; only candidates of the last exchange are let in beyond it."""
 _HEADER_TIMEOUT_S = 10.0
 """Time for a stranger's first message, and for it to take our answer."""
 
@@ -113,14 +115,16 @@ class Door:
         self._suitors: dict[PeerId, Suitor] = {}
         self._listener: Listener | None = None
         self._next_round: int | None = None
+        self._known: frozenset[PeerId] = frozenset()
         self._is_closed = False
 
     # ---- the exchange's side ----
 
-    def attach(self, listener: Listener) -> None:
-        """Pass on the suitors held so far, and from now on every new one."""
+    def attach(self, listener: Listener, *, candidates: Iterable[PeerId]) -> None:
+        """Pass on the suitors held so far, and from now on every new one; `candidates` are no strangers."""
         assert self._listener is None, "one exchange at a time"
         self._listener = listener
+        self._known = frozenset(candidates)
         for suitor in self._waiting():
             listener.arrived(suitor)
 
@@ -185,6 +189,7 @@ class Door:
             return  # the exchange on this stream meets the error, if it is one
         if isinstance(outcome, ProtocolError):
             self._violations[suitor.peer] += 1
+        self._forget(suitor)  # now, not when `serve` runs next: nobody may accept it in between
         suitor.finish()
 
     def _admit(self, suitor: Suitor) -> None:
@@ -193,7 +198,7 @@ class Door:
         older = self._suitors.get(suitor.peer)
         if older is not None and older.is_claimed:
             return suitor.reject("busy", suitor.round)
-        if self._is_closed or (older is None and len(self._suitors) >= MAX_HELD):
+        if self._is_closed or (older is None and not self._make_room(suitor)):
             return suitor.reject("busy", suitor.round)
         if older is not None:
             self._forget(older)
@@ -201,6 +206,17 @@ class Door:
         self._suitors[suitor.peer] = suitor
         self._consider(suitor)
         return None
+
+    def _make_room(self, suitor: Suitor) -> bool:
+        if len(self._suitors) < MAX_HELD:
+            return True
+        if suitor.peer not in self._known:
+            return False
+        strangers = [other for other in self._waiting() if other.peer not in self._known]
+        if strangers:
+            self._forget(strangers[0])
+            strangers[0].reject("busy", strangers[0].round)
+        return True
 
     def _consider(self, suitor: Suitor) -> None:
         if self._listener is not None:

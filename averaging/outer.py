@@ -20,14 +20,11 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["Algorithm", "OuterConfig", "gamma_bound", "outer_step"]
+from protocol.manifest import gamma_bound
+
+__all__ = ["Algorithm", "OuterConfig", "outer_step"]
 
 Algorithm = Literal["local", "pair-average", "noloco", "diloco"]
-
-
-def gamma_bound(alpha: float) -> float:
-    """Upper bound of γ for mean-square consensus of noloco under independent random pairs: 2(1 − α²)."""
-    return 2.0 * (1.0 - alpha * alpha)
 
 
 @dataclass(frozen=True, kw_only=True)

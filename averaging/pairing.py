@@ -11,11 +11,14 @@ Rounds. The swarm is not in step: a candidate may still be at work on the round 
 A tie is ranked first by whether both sides are in the same round, then by the hash, taken at the later of the two rounds:
 both ends agree on that as soon as they know each other's round. A proposal therefore says in which round it believes the
 candidate to be, and a wrong belief is answered at once ("other-round") instead of being waited upon. Partners are at most
-`max_lag_rounds` apart. A candidate that has just paired in an earlier round than ours ranks last, and so does one that lets us
-wait too long (it may be slow, stopped, or itself waiting for somebody slow): we wait on while nobody else can be had. Its own
-proposal to us restores its rank. Whoever is not exchanging holds proposals made for its next round, so the faster waits for the slower.
+`max_lag_rounds` apart. Whoever is not exchanging holds proposals made for its next round: the faster waits for the slower.
 
-`Matcher` is pure: events in, actions out; averaging/search.py carries the actions out.
+Patience. A candidate that has just paired in an earlier round than ours ranks last, and so does one that lets us wait too long
+(it may be slow, stopped, or itself waiting for somebody slow): we wait on only while nobody else can be had. Its own
+proposal to us restores its rank, so both ends agree again as soon as it is there.
+
+`Matcher` is pure: events in, actions out; averaging/search.py carries the actions out. What may happen to the tie with one
+candidate is tabulated in averaging/ties.py.
 """
 
 from __future__ import annotations
@@ -26,19 +29,17 @@ from dataclasses import dataclass
 from enum import Enum
 
 from averaging.exchange_messages import RejectReason
+from averaging.ties import TRANSITIONS, Event, Tie
 from protocol.ids import PeerId
 
 __all__ = [
-    "TRANSITIONS",
     "Accept",
     "Action",
     "Alone",
-    "Event",
     "Matcher",
     "Phase",
     "Propose",
     "Reject",
-    "Tie",
     "Withdraw",
     "priority",
     "ranking",
@@ -58,54 +59,6 @@ def priority(beacon: bytes, round: int, a: PeerId, b: PeerId) -> int:
 def ranking(beacon: bytes, round: int, me: PeerId, candidates: Iterable[PeerId]) -> list[PeerId]:
     """The candidates, best first, as `me` sees them in `round`."""
     return sorted(set(candidates) - {me}, key=lambda peer: priority(beacon, round, me, peer), reverse=True)
-
-
-class Tie(Enum):
-    """What stands between us and one candidate. Proposals *to* us are kept apart, in `Matcher.suitors`."""
-
-    OPEN = "open"
-    PROPOSED = "proposed"  # our proposal stands
-    PAIRING = "pairing"  # accepted by one side, Offers under way
-    MATCHED = "matched"  # both Offers are in
-    DROPPED = "dropped"  # turned us down, unreachable, or out of the window; its own proposal would revive it
-    BARRED = "barred"  # broke pairings off too often
-
-
-class Event(Enum):
-    """What can happen to a tie."""
-
-    PROPOSE = "we propose"
-    WITHDRAW = "we withdraw our proposal"
-    ACCEPT = "we accept its proposal"
-    ACCEPTED = "it accepts our proposal"
-    OTHER_ROUND = "it is in another round, within the window"
-    TURNED_DOWN = "it turned us down"
-    UNREACHABLE = "our proposal got lost"
-    CALLED = "it proposes to us, from a round within the window"
-    CONFIRMED = "both offers are in"
-    BROKE_OFF = "the pairing broke before both offers were in"
-    GAVE_UP = "it broke off once too often"
-
-
-TRANSITIONS: dict[tuple[Tie, Event], Tie] = {
-    (Tie.OPEN, Event.PROPOSE): Tie.PROPOSED,
-    (Tie.PROPOSED, Event.WITHDRAW): Tie.OPEN,
-    (Tie.OPEN, Event.ACCEPT): Tie.PAIRING,
-    (Tie.PROPOSED, Event.ACCEPTED): Tie.PAIRING,
-    (Tie.PROPOSED, Event.OTHER_ROUND): Tie.OPEN,
-    (Tie.PROPOSED, Event.TURNED_DOWN): Tie.DROPPED,
-    (Tie.PROPOSED, Event.UNREACHABLE): Tie.DROPPED,
-    (Tie.OPEN, Event.CALLED): Tie.OPEN,
-    (Tie.PROPOSED, Event.CALLED): Tie.PROPOSED,
-    (Tie.PAIRING, Event.CALLED): Tie.PAIRING,
-    (Tie.MATCHED, Event.CALLED): Tie.MATCHED,
-    (Tie.DROPPED, Event.CALLED): Tie.OPEN,
-    (Tie.BARRED, Event.CALLED): Tie.BARRED,
-    (Tie.PAIRING, Event.CONFIRMED): Tie.MATCHED,
-    (Tie.PAIRING, Event.BROKE_OFF): Tie.OPEN,
-    (Tie.PAIRING, Event.GAVE_UP): Tie.BARRED,
-}
-"""Everything that can happen to a tie; a missing pair is a bug of ours (a peer can not cause one)."""
 
 
 class Phase(Enum):

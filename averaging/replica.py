@@ -161,7 +161,9 @@ class Replica:
         readable, verdicts = read_partners(partners, num_bytes=lengths, device=self.theta.device)
         verdicts |= self._judge(readable)
         accepted = weigh_partners(readable, verdicts, own_tokens=self._packed.tokens, config=self.config.admission)
-        corrects = bool(accepted) or self.config.outer.has_momentum  # else θ must not even be rounded
+        corrects = self.config.outer.has_momentum or (
+            accepted and self.num_slow_bytes
+        )  # else θ must not even be rounded
         shift = TileNorm()
         for tile in self._tiles():
             self._step(tile, accepted, delivered=bool(partners))

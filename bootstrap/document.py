@@ -28,6 +28,7 @@ __all__ = [
     "RunStatus",
     "StatusDocument",
     "SwarmStatus",
+    "display_name",
     "encode_document",
     "parse_document",
     "printable",
@@ -49,6 +50,11 @@ PeerState = Literal["joining", "training", "leaving", "serving", "silent"]
 def printable(text: str) -> str:
     """`text` with every character that is not plainly visible (controls, escapes, bidirectional marks) replaced by ·."""
     return "".join(char if char.isprintable() else "·" for char in text)
+
+
+def display_name(name: str, peer: str) -> str:
+    """A peer's chosen name, or else the last eight characters of its id (the first ones are the same for everybody)."""
+    return name.strip() or f"…{peer[-8:]}"
 
 
 Text = Annotated[str, Field(max_length=256), AfterValidator(printable)]

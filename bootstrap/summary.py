@@ -22,12 +22,13 @@ from bootstrap.document import (
     RunStatus,
     StatusDocument,
     SwarmStatus,
+    display_name,
 )
 from bootstrap.store import SeenRecord, StatusStore, StoredExchange, ValRound
 from protocol.ids import PeerId
 from protocol.manifest import Manifest
 
-__all__ = ["CLOCK_SKEW_S", "FORGET_AFTER_S", "SILENT_AFTER_S", "display_name", "swarm_status"]
+__all__ = ["CLOCK_SKEW_S", "FORGET_AFTER_S", "SILENT_AFTER_S", "swarm_status"]
 
 SILENT_AFTER_S = 45.0
 """A record older than this counts as lapsed (the directory's time to live)."""
@@ -66,11 +67,6 @@ def swarm_status(store: StatusStore, manifest: Manifest, *, now_s: float) -> dic
         warnings=_warnings(store, peers, manifest, swarm_round)[:MAX_WARNINGS],
     )
     return document.model_dump(mode="json")
-
-
-def display_name(name: str, peer: str) -> str:
-    """A peer's chosen name, or else the last eight characters of its id (the first ones are the same for everybody)."""
-    return name.strip() or f"…{peer[-8:]}"
 
 
 def _run(manifest: Manifest) -> RunStatus:

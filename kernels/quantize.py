@@ -131,7 +131,10 @@ def _encode_blocks(x: Tensor, scales: Tensor, codes: Tensor, scratch: Tensor | N
 
     Without clamping: scale ≥ (1 − 2⁻⁹)·max|x|/127, so that |x|/scale ≤ 127.25, which rounds to 127.
     """
-    shape = scales.numel(), _BLOCK  # here and in terms of one size: only then does compiled code fuse all steps into one pass
+    shape = (
+        scales.numel(),
+        _BLOCK,
+    )  # here and in terms of one size: only then does compiled code fuse all steps into one pass
     blocks = x.view(shape)
     scratch = None if scratch is None else scratch.view(shape)
     # abs then amax: measured 4× faster than aminmax and 7× faster than the infinity norm, which torch does not vectorise.

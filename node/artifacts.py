@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from averaging.flatten import FlatParameters
 from torch import Tensor
 
+from averaging.flatten import FlatParameters
 from model.checkpoint import load_newest
 from model.errors import CheckpointError, DataError
 from model.export import export_huggingface
 from model.generate import generate
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from node.home import Home
+from node.home import Home, kept_manifest
 from node.trainer import model_config
 from protocol.blobs import BlobStore
 from protocol.errors import UserError
 from protocol.manifest import Manifest
-from protocol.publication import SignedManifest
 
 __all__ = ["TrainedModel", "load_run", "load_trained"]
 
@@ -75,16 +74,25 @@ def load_run(home: Home, run: str | None) -> tuple[Manifest, Path]:
     Raises:
         UserError: there is none, or more than one fits.
     """
-    fitting = []
+    fitting: list[tuple[Manifest, Path]] = []
+    damaged: list[UserError] = []
     for folder in home.runs():
-        manifest = SignedManifest.unpack((folder / "manifest.bin").read_bytes()).manifest
+        try:
+            manifest = kept_manifest(folder).manifest
+        except UserError as error:
+            damaged.append(error)
+            continue
         if run is None or manifest.name == run or manifest.run_id.startswith(run):
             fitting.append((manifest, folder))
-    if not fitting:
-        raise UserError(
-            f"no run {run or ''} in {home.root}; join one first, or name its home with --home".replace("  ", " ")
-        )
-    return fitting[-1]
+    if len({manifest.run_id for manifest, _ in fitting}) > 1 and run is not None:
+        ids = ", ".join(manifest.run_id[:12] for manifest, _ in fitting)
+        raise UserError(f"several runs fit {run!r}; name one of {ids} with --run")
+    if fitting:
+        return fitting[-1]
+    if damaged:
+        raise damaged[-1]
+    named = "" if run is None else f" {run!r}"
+    raise UserError(f"no run{named} in {home.root}; join one first, or name its home with --home")
 
 
 def load_trained(home: Home, run: str | None) -> TrainedModel:

@@ -32,7 +32,7 @@ NUM_VOTES = 3
 """Peers that must vouch for a state; all live trainers when there are fewer."""
 MAX_RESUME_LAG = 20
 """Rounds the swarm may be ahead of a checkpoint that is still resumed from."""
-WAIT_FOR_VOTES_S = 4.0
+WAIT_FOR_VOTES_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,19 @@ class Candidate:
 
 
 def choose_snapshots(trainers: Mapping[PeerId, PeerRecord]) -> list[Candidate]:
-    """Snapshots in the order in which a joiner should try them, those with enough votes first, then by round.
+    """Snapshots that a joiner may try, best first: those with NUM_VOTES votes, or all when there are fewer trainers, the newest
+    of them first; then those that more than half of so few trainers vouch for.
 
-    A snapshot without enough votes is still listed, after the others and ordered by votes: better a state that passes the
-    loss check than none, when copies have not spread yet.
+    What fewer peers claim is never tried, however new it is: that is what a liar, or a few of them, can make up.
     """
     votes: dict[SnapshotRef, list[PeerId]] = {}
     for peer, record in trainers.items():
         for ref in set(record.snapshots):
             votes.setdefault(ref, []).append(peer)
-    quorum = min(NUM_VOTES, len(trainers))
+    quorum, majority = min(NUM_VOTES, len(trainers)), len(trainers) // 2 + 1
     candidates = [Candidate(ref, tuple(sorted(voters))) for ref, voters in votes.items()]
-    enough = sorted((c for c in candidates if len(c.voters) >= quorum), key=lambda c: -c.ref.round)
-    fewer = sorted((c for c in candidates if len(c.voters) < quorum), key=lambda c: (-len(c.voters), -c.ref.round))
-    return enough + fewer
+    credible = [candidate for candidate in candidates if len(candidate.voters) >= min(quorum, majority)]
+    return sorted(credible, key=lambda c: (len(c.voters) < quorum, -c.ref.round, c.ref.root))
 
 
 class StateFetcher:
@@ -112,7 +111,7 @@ class StateFetcher:
             await fetch_blob(
                 blob, transport=self._transport, store=self._store, donors=list(candidate.voters), max_bytes=limit
             )
-            weights = self._trainer.read_snapshot(self._store.read(blob))
+            weights = self._trainer.read_snapshot(await asyncio.to_thread(self._store.read, blob))
         except (CheckpointError, LlmNodeError) as error:
             self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=str(error))
             return False

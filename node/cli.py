@@ -146,28 +146,35 @@ def join(
     http: HttpOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="Processor threads to train with; 0 for all.")] = 0,
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="Processor threads to train with; 0 takes what is fastest.")
+    ] = 0,
     sequences: Annotated[
         int, typer.Option("--sequences", min=0, help="Sequences per step; 0 measures the machine and adapts.")
     ] = 0,
     rounds: Annotated[int, typer.Option("--rounds", min=0, help="Leave after so many rounds; 0 stays.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="torch device; only cpu has been tested so far.")] = "cpu",
     events: EventsOption = False,
     home: HomeOption = None,
 ) -> None:
     """Take part in a run. Ctrl-C leaves it; joining again goes on where you left."""
-    import torch
-
     from node import terminal
     from node.home import Home
     from node.join import JoinOptions
     from node.peer import PeerOptions
 
-    if threads:
-        torch.set_num_threads(threads)
     network = JoinOptions(
         peers=tuple(peer or []), listen=tuple(listen or ["/ip4/0.0.0.0/tcp/0"]), announce=tuple(announce or [])
     )
-    options = PeerOptions(name=name, http=_host_port(http), local_data=data, sequences=sequences, max_rounds=rounds)
+    options = PeerOptions(
+        name=name,
+        http=_host_port(http),
+        local_data=data,
+        sequences=sequences,
+        threads=threads,
+        max_rounds=rounds,
+        device=device,
+    )
     terminal.run_join(Home.at(home), network, options, as_json=events)
 
 

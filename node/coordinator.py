@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.libp2p import Libp2pTransport
-
 from node.events import EventLog
-from node.home import Home
+from node.home import Home, keep_manifest
 from node.progress import software_version
 from node.publish import with_initial_state
 from node.service import Service
@@ -24,6 +22,7 @@ from protocol.directory import validate_entry
 from protocol.errors import UserError
 from protocol.identity import Identity, hold_identity
 from protocol.ids import BlobId
+from protocol.libp2p import Libp2pTransport
 from protocol.manifest import Manifest
 from protocol.publication import SignedManifest
 from protocol.records import PeerRecord
@@ -68,7 +67,7 @@ async def coordinate(
         _check_complete(manifest, store)
         signed = SignedManifest.sign(manifest, identity)
         folder = home.run(manifest.run_id)
-        (folder / "manifest.bin").write_bytes(signed.pack())
+        keep_manifest(folder, signed)
         events.write_to(folder / "events.jsonl")
         transport = Libp2pTransport(
             identity=identity,

@@ -22,7 +22,7 @@ from model.data import ShardIndex, Tokens, assigned_shard, decode_tokens, token_
 from model.tokenizer import Tokenizer
 from node.events import EventLog
 from protocol.blob_exchange import fetch_blob
-from protocol.blobs import BlobStore
+from protocol.blobs import BlobDamagedError, BlobStore
 from protocol.errors import TransportError, UserError
 from protocol.ids import BlobId, PeerId
 from protocol.manifest import Manifest
@@ -33,6 +33,8 @@ __all__ = ["BatchSource", "LocalSource", "ShardSource", "open_source"]
 MAX_SHARD_BYTES = 16 << 20
 MAX_INDEX_BYTES = 64 << 20
 MAX_TOKENIZER_BYTES = 64 << 20
+RETRY_S = 2.0
+"""Pause before asking again for a shard when there is none to read instead."""
 
 
 class BatchSource(ABC):
@@ -83,13 +85,7 @@ class ShardSource(BatchSource):
         return BlobId(self._index.entries[number][0])
 
     async def batches(self, round: int) -> RoundBatches:
-        blob = self.shard_of(round)
-        while not self._store.has(blob):
-            try:
-                await self._fetch(blob)
-            except TransportError as error:
-                blob = await self._instead_of(blob, error)
-        tokens = decode_tokens(self._store.read(blob), self._manifest.model.vocab_size)
+        tokens = decode_tokens(await self._read(self.shard_of(round)), self._manifest.model.vocab_size)
         seed = _seed(f"{self._run}{self._peer}", round)
         return RoundBatches(tokens, seed=seed, sequence_tokens=self._manifest.inner.sequence_tokens)
 
@@ -98,17 +94,31 @@ class ShardSource(BatchSource):
         if not self._store.has(blob):
             try:
                 await self._fetch(blob)
-            except TransportError as error:
-                self._events.emit("shard_unavailable", shard=blob[:12], round=round, reason=str(error))
+            except (TransportError, UserError) as error:
+                self._events.emit("prefetch_failed", shard=blob[:12], round=round, reason=str(error))
 
-    async def _instead_of(self, missing: BlobId, error: TransportError) -> BlobId:
-        """Nobody has the shard just now: read one that is here, or wait until somebody comes."""
-        here = [BlobId(blob) for blob, _ in self._index.entries if self._store.has(BlobId(blob))]
-        self._events.emit("shard_unavailable", shard=missing[:12], reason=str(error), fallback=bool(here))
-        if here:
-            return here[int.from_bytes(hashlib.sha256(missing.encode()).digest()[:4], "big") % len(here)]
-        await asyncio.sleep(2.0)
-        return missing
+    async def _read(self, wanted: BlobId) -> bytes:
+        """The shard; while it cannot be had (nobody has it, the disk is full), another one that is here."""
+        failed: set[BlobId] = set()
+        blob = wanted
+        while True:
+            try:
+                if not self._store.has(blob):
+                    await self._fetch(blob)
+                return await asyncio.to_thread(self._store.read, blob)
+            except BlobDamagedError as error:  # set aside by now, so that the next turn fetches it
+                self._events.emit("blob_damaged", blob=blob[:12], reason=str(error))
+            except (TransportError, UserError) as error:
+                failed.add(blob)
+                here = [BlobId(entry) for entry, _ in self._index.entries if self._store.has(BlobId(entry))]
+                usable = [entry for entry in here if entry not in failed]
+                self._events.emit("shard_unavailable", shard=blob[:12], reason=str(error), fallback=bool(usable))
+                if usable:
+                    blob = usable[int(wanted[:8], 16) % len(usable)]
+                else:
+                    failed.clear()
+                    blob = wanted
+                    await asyncio.sleep(RETRY_S)
 
 
 async def open_source(
@@ -127,7 +137,8 @@ async def open_source(
         The batch source, the held-out tokens [T] and the tokenizer.
 
     Raises:
-        UserError: a `local` run without `--data`, or that folder holds no usable text.
+        UserError, DataError: a `local` run without `--data`, that folder holds no usable text, or the run's blobs are not
+            what its manifest says.
         TransportError: the swarm does not have the data just now.
     """
 
@@ -135,21 +146,20 @@ async def open_source(
         await fetch_blob(blob, transport=transport, store=store, donors=donors, max_bytes=max_bytes)
 
     async def read(blob: BlobId, max_bytes: int) -> bytes:
-        if not store.has(blob):
-            await fetch(blob, max_bytes)
-        return store.read(blob)
+        try:
+            if store.has(blob):
+                return await asyncio.to_thread(store.read, blob)
+        except BlobDamagedError as error:
+            events.emit("blob_damaged", blob=blob[:12], reason=str(error))
+        await fetch(blob, max_bytes)
+        return await asyncio.to_thread(store.read, blob)
 
     tokenizer = Tokenizer(await read(manifest.tokenizer_blob, MAX_TOKENIZER_BYTES))
     heldout = decode_tokens(await read(BlobId(manifest.data.heldout), MAX_SHARD_BYTES), manifest.model.vocab_size)
     if manifest.data.index is None:
         if local_data is None:
             raise UserError("this run trains on each volunteer's own files; name a folder of text with --data FOLDER")
-        tokens = np.concatenate(
-            [
-                np.asarray([*tokenizer.encode(text), tokenizer.eot_id], token_dtype(tokenizer.vocab_size))
-                for text in iter_files(local_data)
-            ]
-        )
+        tokens = await asyncio.to_thread(_tokenise, local_data, tokenizer)
         if len(tokens) <= manifest.inner.sequence_tokens:
             raise UserError(f"{local_data} holds only {len(tokens)} tokens of text; add more files")
         source: BatchSource = LocalSource(
@@ -159,6 +169,11 @@ async def open_source(
         index = ShardIndex.unpack(await read(BlobId(manifest.data.index), MAX_INDEX_BYTES))
         source = ShardSource(index, manifest=manifest, peer=peer, store=store, fetch=fetch, events=events)
     return source, heldout, tokenizer
+
+
+def _tokenise(folder: Path, tokenizer: Tokenizer) -> Tokens:
+    dtype = token_dtype(tokenizer.vocab_size)
+    return np.concatenate([np.asarray([*tokenizer.encode(t), tokenizer.eot_id], dtype) for t in iter_files(folder)])
 
 
 def _seed(text: str, round: int) -> int:

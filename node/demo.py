@@ -36,11 +36,13 @@ DEMO_HELDOUT_TOKENS = 8192
 DEMO_SETTINGS = {
     "inner.sequence_tokens": 128,
     "inner.warmup_steps": 40,
+    "inner.min_sequences": 8,
     "inner.max_sequences": 32,
     "sync.inner_steps": 25,
     "sync.round_target_s": 8.0,
     "sync.exchange_timeout_s": 20.0,
     "sync.snapshot_rounds": 2,
+    "safety.newcomer_weight": 1.0,  # all peers belong to whoever starts the demo
 }
 PROMPT = "def read_file(path):\n"
 START_TIMEOUT_S = 90.0

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from protocol.errors import UserError
 from protocol.ids import RunId
+from protocol.publication import SignedManifest
 
-__all__ = ["Home"]
+__all__ = ["Home", "keep_manifest", "kept_manifest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,59 @@ class Home:
         return Path(tempfile.gettempdir()) / f"llm-node-{os.getuid()}-{digest}"
 
     def run(self, run: RunId) -> Path:
-        """The folder of one run, made if missing."""
+        """The folder of one run, made if missing.
+
+        Raises:
+            UserError: it cannot be made.
+        """
         path = self.root / "runs" / run
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from None
         return path
 
     def runs(self) -> list[Path]:
         """Folders of all runs this home took part in, the most recently used last."""
         found = [path for path in (self.root / "runs").iterdir() if (path / "manifest.bin").is_file()]
         return sorted(found, key=lambda path: (path / "manifest.bin").stat().st_mtime)
+
+
+def keep_manifest(folder: Path, signed: SignedManifest) -> None:
+    """Keep the run's manifest in its folder, and mark the run as the latest one of this home.
+
+    A manifest that is there already is not written again, so that a full disk cannot cost it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path, data = folder / "manifest.bin", signed.pack()
+    try:
+        if path.is_file() and path.read_bytes() == data:
+            os.utime(path)
+            return
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def kept_manifest(folder: Path) -> SignedManifest:
+    """The manifest of the run in this folder, its signature checked.
+
+    Raises:
+        UserError: it is damaged or cannot be read.
+    """
+    path = folder / "manifest.bin"
+    remedy = "join the run again with --peer ADDRESS to mend it"
+    try:
+        return SignedManifest.unpack(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --home")

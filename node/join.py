@@ -6,17 +6,18 @@ addresses of the peers met are cached, so that joining again works even when the
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-from protocol.libp2p import Libp2pTransport
 
 from node.compute import ThreadCompute
 from node.events import EventLog
-from node.home import Home
+from node.home import Home, keep_manifest, kept_manifest
 from node.peer import Peer, PeerOptions, Summary
 from node.trainer import model_config
 from protocol.blobs import BlobStore
@@ -24,6 +25,7 @@ from protocol.directory import validate_entry
 from protocol.errors import LlmNodeError, TransportError, UserError
 from protocol.identity import Identity, hold_identity
 from protocol.ids import PeerId
+from protocol.libp2p import Libp2pTransport
 from protocol.publication import SignedManifest, fetch_manifest
 from protocol.transport import Transport
 
@@ -78,6 +80,7 @@ async def join(
             signed = await _find_manifest(transport, home, options.peers, known)
             folder = _remember_run(home, signed, options.peers)
             events.write_to(folder / "events.jsonl")
+            events.emit("listening", addresses=await transport.addresses())  # others can join through any peer
             check_memory(signed)
             compute = ThreadCompute()
             try:
@@ -89,7 +92,7 @@ async def join(
                     compute=compute,
                     events=events,
                     folder=folder,
-                    options=peer_options,
+                    options=replace(peer_options, age_s=time.time() - psutil.Process().create_time()),
                 )
                 await on_start(peer)
                 return await peer.run()
@@ -133,16 +136,16 @@ async def _find_manifest(
     if not home.runs():
         raise UserError("name a peer of the run with --peer ADDRESS; this home has not joined any run yet")
     # The latest run, and nobody of it is reachable: go on alone, others may come back.
-    return SignedManifest.unpack((home.runs()[-1] / "manifest.bin").read_bytes())
+    return kept_manifest(home.runs()[-1])
 
 
 def _remember_run(home: Home, signed: SignedManifest, via: tuple[str, ...]) -> Path:
     folder = home.run(signed.manifest.run_id)
-    try:
-        (folder / "manifest.bin").write_bytes(signed.pack())
-        (folder / "via.json").write_text(json.dumps(sorted({*via, *_read_list(folder / "via.json")})[:32]))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free some space or choose another --home") from None
+    keep_manifest(folder, signed)
+    known = _read_list(folder / "via.json")
+    if not set(via) <= set(known):
+        with contextlib.suppress(OSError):  # only a convenience: joining needs --peer again without it
+            (folder / "via.json").write_text(json.dumps([*dict.fromkeys([*via, *known])][:32]))
     return folder
 
 

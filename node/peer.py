@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from averaging.averager import Averager
 from model.checkpoint import load_newest
 from model.checkpoint_writer import CheckpointWriter
 from model.data import Tokens
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
-from node.bench import choose_sequences
+from node.bench import choose_sequences, choose_threads
 from node.catchup import MAX_RESUME_LAG, StateFetcher
 from node.compute import Compute
 from node.dataset import BatchSource, open_source
@@ -51,16 +53,20 @@ class PeerOptions:
         http: host and port of a status page served here, or None.
         local_data: folder of the volunteer's own text, for a run of kind `local`.
         sequences: fixed sequences per step; 0 measures the machine and adapts.
+        threads: torch's threads; 0 takes one or all, whichever is faster.
         max_rounds: leave after so many rounds; 0 stays as long as the run lasts.
         device: torch device.
+        age_s: how long the command has been running already; counts towards the time to the first step.
     """
 
     name: str = ""
     http: tuple[str, int] | None = None
     local_data: Path | None = None
     sequences: int = 0
+    threads: int = 0
     max_rounds: int = 0
     device: str = "cpu"
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +144,7 @@ class Peer:
             UserError: something the owner must mend (data folder, damaged checkpoint, wrong manifest).
             TransportError: the swarm cannot supply what is needed to start.
         """
-        started_s = asyncio.get_running_loop().time()
+        self.progress.began_s = asyncio.get_running_loop().time() - self._options.age_s
         async with self.service.running():
             source, heldout, _ = await self._open_data()
             trainer = await self._compute.run(self._new_trainer, heldout)
@@ -149,7 +155,7 @@ class Peer:
             loss = await self._compute.run(trainer.evaluate)
             self.progress.count_validation(loss, trainer.round)
             self._events.emit("validation", round=trainer.round, loss=round(loss, 4))
-            await self._train(trainer, source, sequences, cursor, started_s)
+            await self._train(trainer, source, sequences, cursor)
         return self.summary()
 
     def summary(self) -> Summary:
@@ -194,10 +200,13 @@ class Peer:
         return Trainer(self.manifest, heldout=heldout, device=self._options.device)
 
     async def _measure(self, trainer: Trainer) -> int:
+        if self._options.threads:
+            await self._compute.run(torch.set_num_threads, self._options.threads)
         if self._options.sequences:
             return self._options.sequences
+        threads = self._options.threads or await self._compute.run(choose_threads, trainer)
         sequences = await self._compute.run(choose_sequences, trainer)
-        self._events.emit("measured", sequences_per_step=sequences)
+        self._events.emit("measured", sequences_per_step=sequences, threads=threads)
         return sequences
 
     async def _starting_state(self, trainer: Trainer) -> Any:
@@ -225,16 +234,21 @@ class Peer:
         saved = await self._compute.run(self._load_checkpoint)
         swarm_round = await fetcher.swarm_round()
         if saved is not None and (swarm_round or 0) - int(saved[1]["round"]) <= MAX_RESUME_LAG:
-            await self._compute.run(self._restore, trainer, saved)
-            self._events.emit("resumed", round=trainer.round, step=trainer.step_in_round, tokens=trainer.tokens)
-            return saved[1]["cursor"]
+            return await self._resume(trainer, saved)
         adopted = await fetcher.fetch()
         if adopted is not None:
             self._keeper.adopt(adopted)
+        elif saved is not None:  # old, but better than nothing
+            return await self._resume(trainer, saved)
         elif swarm_round is not None:
             trainer.round = swarm_round
             self._events.emit("initial_state", round=swarm_round)
         return None
+
+    async def _resume(self, trainer: Trainer, saved: tuple[dict[str, Any], dict[str, Any]]) -> Any:
+        await self._compute.run(self._restore, trainer, saved)
+        self._events.emit("resumed", round=trainer.round, step=trainer.step_in_round, tokens=trainer.tokens)
+        return saved[1]["cursor"]
 
     def _load_checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         if self._folder is None:
@@ -263,9 +277,7 @@ class Peer:
 
     # ---- training
 
-    async def _train(
-        self, trainer: Trainer, source: BatchSource, sequences: int, cursor: Any, started_s: float
-    ) -> None:
+    async def _train(self, trainer: Trainer, source: BatchSource, sequences: int, cursor: Any) -> None:
         averager = Averager(
             transport=self._transport,
             identity=self._identity,
@@ -296,7 +308,6 @@ class Peer:
             if self._stopped:
                 loop.stop()
             self.progress.state = "training"
-            self.progress.time_to_first_step_s = asyncio.get_running_loop().time() - started_s
             self._events.emit("training", round=trainer.round, step=trainer.step_in_round, sequences=sequences)
             self.service.on_heartbeat(self._keep_copies)
             await self.service.beat()  # others may choose this peer from now on
@@ -337,3 +348,5 @@ class Peer:
         for result in writer.take_results():
             if result.error is not None:
                 self._events.emit("checkpoint_failed", reason=str(result.error))
+            else:
+                self._events.emit("checkpoint_saved", bytes=result.num_bytes, seconds=round(result.seconds, 3))

@@ -49,6 +49,8 @@ class Progress:
     first_val_loss: float | None = None
     exchanges_ok: int = 0
     exchanges_failed: int = 0
+    began_s: float = 0.0
+    """Loop time at which the command started."""
     time_to_first_step_s: float | None = None
     recent: deque[ExchangeNote] = field(default_factory=lambda: deque(maxlen=4))
     snapshots: list[SnapshotRef] = field(default_factory=list)
@@ -56,8 +58,10 @@ class Progress:
     _sequence: int = 0
     _steps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
 
-    def count_step(self, *, loss: float, tokens: int, seconds: float) -> None:
-        """One inner step was done."""
+    def count_step(self, *, loss: float, tokens: int, seconds: float, now_s: float) -> None:
+        """One inner step was done; `now_s` is the loop's time."""
+        if self.time_to_first_step_s is None:
+            self.time_to_first_step_s = now_s - self.began_s
         self.step += 1
         self.tokens += tokens
         self.session_tokens += tokens

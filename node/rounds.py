@@ -12,6 +12,7 @@ the next round has is abandoned: the peer steps alone, and training never waits 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import statistics
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ class RoundLoop:
         return pending
 
     def _count_step(self, stats: StepStats) -> None:
-        self._progress.count_step(loss=stats.loss, tokens=stats.tokens, seconds=stats.seconds)
+        now_s = asyncio.get_running_loop().time()
+        self._progress.count_step(loss=stats.loss, tokens=stats.tokens, seconds=stats.seconds, now_s=now_s)
         self._events.emit("step", round=self._trainer.round, step=self._progress.step, loss=round(stats.loss, 4))
 
     def _resize(self, round_s: float) -> None:
@@ -175,7 +177,9 @@ class RoundLoop:
 
     async def _next_round(self) -> int:
         """One more than the round just finished, or the swarm's if that is further on."""
-        await self._directory.refresh()
+        # In a large swarm this also reads the bucket that the round's lot names, so that peers of all buckets mix.
+        lot = hashlib.sha256(f"{self._manifest.run_id}/bucket/{self._trainer.round}".encode()).digest()
+        await self._directory.refresh(extra=lot)
         rounds = list(self._rounds_of_others().values())
         following = self._trainer.round + 1
         if rounds and (median := int(statistics.median_low(rounds))) > following:

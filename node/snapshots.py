@@ -9,6 +9,7 @@ it from all of them at once. It is immutable, so a download never blocks anybody
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -18,7 +19,7 @@ from node.events import EventLog
 from node.trainer import Trainer
 from protocol.blob_exchange import fetch_blob
 from protocol.blobs import BlobStore
-from protocol.errors import LlmNodeError
+from protocol.errors import LlmNodeError, UserError
 from protocol.ids import BlobId, PeerId, RunId
 from protocol.records import PeerRecord, SnapshotRef
 from protocol.transport import Transport
@@ -77,7 +78,12 @@ class SnapshotKeeper:
             return
         if order_for_epoch(self._run, round // self._every, [self._peer, *live])[0] == self._peer:
             data = await self._compute.run(self._trainer.snapshot)
-            ref = SnapshotRef(round=round, root=self._store.put(data), size_bytes=len(data))
+            try:
+                root = await asyncio.to_thread(self._store.put, data)
+            except UserError as error:  # the disk is full: training is worth more than a state for joiners
+                self._events.emit("snapshot_failed", round=round, reason=str(error))
+                return
+            ref = SnapshotRef(round=round, root=root, size_bytes=len(data))
             self._hold(ref)
             self._events.emit("snapshot_published", round=round, root=ref.root[:12])
 
@@ -103,7 +109,7 @@ class SnapshotKeeper:
         try:
             blob = BlobId(ref.root)
             await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
-            weights = self._trainer.read_snapshot(self._store.read(blob))
+            weights = self._trainer.read_snapshot(await asyncio.to_thread(self._store.read, blob))
         except CheckpointError as error:
             return self._refuse(ref, str(error))
         except LlmNodeError as error:  # unreachable just now: look again at the next refresh

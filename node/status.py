@@ -12,7 +12,7 @@ as the peer. The handshake proves that the other side holds the key in the addre
 from __future__ import annotations
 
 import logging
-import re
+import socket
 from typing import Any
 
 import libp2p
@@ -28,13 +28,12 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
 
-from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL, parse_document, printable
+from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL, parse_document
 from protocol.errors import LlmNodeError, ProtocolError, UserError
+from protocol.libp2p_addresses import split_address
 
 __all__ = ["fetch_status"]
 
-_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]{1,253})/tcp/(\d{1,5})/p2p/(12D3KooW[1-9A-HJ-NP-Za-km-z]{44})")
-_EXAMPLE = "/ip4/203.0.113.5/tcp/4001/p2p/12D3KooW…"
 _READ_BYTES = 1 << 16
 
 _NETWORK_ERRORS = (BaseLibp2pError, OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError)
@@ -54,6 +53,7 @@ def fetch_status(address: str, *, timeout_s: float = 15.0) -> dict[str, Any]:
         UserError: the address is malformed, nobody answers there, somebody else does, or the peer serves no status.
         ProtocolError: the peer answered with something that is not a status document.
     """
+    address = address.strip()
     peer = _parse_address(address)
     # py-libp2p logs every failed attempt to stderr; what matters is in the error that is raised.
     logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)
@@ -70,15 +70,26 @@ def fetch_status(address: str, *, timeout_s: float = 15.0) -> dict[str, Any]:
 
 
 def _parse_address(address: str) -> PeerInfo:
-    match = _ADDRESS.fullmatch(address.strip())
-    if match is None:
-        raise UserError(f"peer address {printable(address[:200])!r} is malformed; it must look like {_EXAMPLE}")
+    path, peer = split_address(address)
+    if "/p2p-circuit" in path:
+        raise UserError(f"{address} leads through a relay; ask a peer that can be dialled directly")
+    if not peer.startswith("12D3KooW"):
+        raise UserError(f"{address} is not an address of ours, whose peer ids begin with 12D3KooW; copy it again")
+    return info_from_p2p_addr(Multiaddr(f"{_resolved(path)}/p2p/{peer}"))
+
+
+def _resolved(path: str) -> str:
+    """`path` with a host name replaced by its first address: py-libp2p's TCP dials numbers only."""
+    _, kind, host, tcp, port = path.split("/")
+    if not kind.startswith("dns"):
+        return path
+    family = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}.get(kind, socket.AF_UNSPEC)
     try:
-        return info_from_p2p_addr(Multiaddr(match.group(0)))
-    except ValueError as error:
-        raise UserError(
-            f"peer address {address.strip()} is malformed ({error}); it must look like {_EXAMPLE}"
-        ) from None
+        found = socket.getaddrinfo(host, int(port), family, socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):  # the latter for labels over 63 characters
+        raise UserError(f"host name {host} can not be resolved; check its spelling and your network") from None
+    version = "ip6" if found[0] == socket.AF_INET6 else "ip4"
+    return f"/{version}/{found[4][0]}/{tcp}/{port}"
 
 
 async def _fetch(peer: PeerInfo, timeout_s: float) -> bytes | Exception:

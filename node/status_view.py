@@ -1,4 +1,4 @@
-"""A status document as a terminal shows it: for `llm-node status`. Needs rich only.
+"""A status document as a terminal shows it: for `llm-node status`. Needs rich and the document's module only.
 
 Names in the document are strangers' text. The schema has replaced control characters; here they become `Text` objects and
 never markup, so that a name in square brackets stays a name.
@@ -13,9 +13,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bootstrap.document import display_name
+from node.quantities import count, size
+
 __all__ = ["render_status"]
 
 _MAX_ROWS = 20
+_NAME_CHARS = 18
 _STATE_STYLES = {"training": "green", "joining": "yellow", "serving": "cyan", "leaving": "dim", "silent": "red"}
 _OUTCOME_STYLES = {"averaged": "green", "clipped": "yellow", "timeout": "yellow", "refused": "red", "lost": "red"}
 _COLUMNS = ("round", "step", "tokens/s", "train", "val", "sent", "received")
@@ -38,28 +42,8 @@ def render_status(document: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _count(number: float) -> str:
-    """In full below ten thousand, then 12.3k, 1.23M and so on."""
-    return f"{number:,.0f}" if number < 10_000 else _scaled(number, ("k", "M", "G", "T"))
-
-
-def _bytes(num_bytes: float) -> str:
-    """In decimal units, as network speeds use them."""
-    return f"{num_bytes:.0f} B" if num_bytes < 1000 else _scaled(num_bytes, (" kB", " MB", " GB", " TB", " PB"))
-
-
-def _scaled(number: float, units: tuple[str, ...]) -> str:
-    """`number` in the smallest unit in which it stays below a thousand, with three digits."""
-    for power, unit in enumerate(units, start=1):
-        scaled = number / 1000**power
-        if scaled < 999.5:
-            digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
-            return f"{scaled:.{digits}f}{unit}"
-    return f"{number / 1000 ** len(units):,.0f}{units[-1]}"
-
-
 def _run_line(run: Mapping[str, Any]) -> Text:
-    about = f"  {_count(run['parameters'])} parameters · {run['algorithm']} · {run['inner_steps']} steps per round"
+    about = f"  {count(run['parameters'])} parameters · {run['algorithm']} · {run['inner_steps']} steps per round"
     return Text.assemble((run["name"], "bold"), about, (f"  run {run['id'][:12]}…", "dim"))
 
 
@@ -72,17 +56,17 @@ def _swarm_line(swarm: Mapping[str, Any], run: Mapping[str, Any]) -> Text:
         val,
         rounds,
         f"{swarm['training']} of {swarm['peers']} peers training",
-        f"{_count(swarm['tokens_per_s'])} tokens/s",
-        f"{_count(swarm['tokens'])} tokens",
-        f"{_count(swarm['exchanges_ok'])} exchanges, {_count(swarm['exchanges_failed'])} failed",
+        f"{count(swarm['tokens_per_s'])} tokens/s",
+        f"{count(swarm['tokens'])} tokens",
+        f"{count(swarm['exchanges_ok'])} exchanges, {count(swarm['exchanges_failed'])} failed",
     ]
     return Text(" · ".join(parts))
 
 
 def _peer_table(peers: list[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("peer", no_wrap=True, overflow="ellipsis")
-    table.add_column("state")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("peer", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     for peer in peers[:_MAX_ROWS]:
@@ -91,16 +75,16 @@ def _peer_table(peers: list[Mapping[str, Any]]) -> Table:
 
 
 def _peer_row(peer: Mapping[str, Any]) -> list[Text]:
-    name = Text(peer["name"].strip())
-    name.append(f"{' ' if name else ''}…{peer['peer'][-8:]}", style="dim")
+    name = Text(display_name(peer["name"], peer["peer"]))
+    name.truncate(_NAME_CHARS, overflow="ellipsis")
     state = Text(peer["state"], style=_STATE_STYLES[peer["state"]])
     if peer["state"] == "silent":
         state.append(f" {peer['age_s']:.0f} s")
     numbers = ["–", "–", "–"]
     if peer["role"] == "trainer":
-        numbers = [str(peer["round"]), f"{peer['step']}/{peer['inner_steps']}", _count(peer["tokens_per_s"])]
+        numbers = [str(peer["round"]), f"{peer['step']}/{peer['inner_steps']}", count(peer["tokens_per_s"])]
     numbers += [_loss(peer["train_loss"]), _loss(peer["val_loss"])]
-    numbers += [_bytes(peer["sent_bytes"]), _bytes(peer["received_bytes"])]
+    numbers += [size(peer["sent_bytes"]), size(peer["received_bytes"])]
     return [name, state, *map(Text, numbers)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -18,29 +19,35 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from model.errors import CheckpointError, DataError
 from node.coordinator import CoordinatorOptions, coordinate
-from node.events import EventLog
+from node.events import EventLog, LogToEvents
 from node.home import Home
 from node.join import JoinOptions, join
 from node.peer import Peer, PeerOptions, Summary
-from node.view import JsonView, LiveView, PlainView, run_lines, show_bootstrap, summary_lines
+from node.view import BootstrapView, JsonView, LiveView, PlainView, run_lines, summary_lines
 from protocol.errors import LlmNodeError
 
 __all__ = ["run_bootstrap", "run_join"]
 
 T = TypeVar("T")
 
+EXPECTED = (LlmNodeError, DataError, CheckpointError)
+"""Errors whose message is one line for the user."""
+
 
 def run_bootstrap(home: Home, manifest: Path, options: CoordinatorOptions, *, as_json: bool) -> None:
     """Serve a run until a signal comes."""
     console = Console()
-    log = EventLog()
-    log.listen(JsonView(console) if as_json else show_bootstrap(console))
+    log = _event_log()
+    view = BootstrapView(console)
+    log.listen(JsonView(console) if as_json else view)
 
     async def main() -> None:
         stopping = asyncio.Event()
         _on_signals(stopping.set)
-        await coordinate(home, manifest, options, events=log, stopping=stopping)
+        with contextlib.nullcontext() if as_json else view:
+            await coordinate(home, manifest, options, events=log, stopping=stopping)
 
     _run(main())
 
@@ -48,7 +55,7 @@ def run_bootstrap(home: Home, manifest: Path, options: CoordinatorOptions, *, as
 def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json: bool) -> None:
     """Take part in a run until it ends or a signal comes, and say farewell."""
     console = Console()
-    log = EventLog()
+    log = _event_log()
     live = LiveView(console) if console.is_terminal and not as_json else None
     log.listen(JsonView(console) if as_json else live or PlainView(console))
 
@@ -58,11 +65,11 @@ def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json:
         async with contextlib.AsyncExitStack() as stack:
 
             async def on_start(peer: Peer) -> None:
-                _on_signals(lambda: peer.stop() if peer.progress.state == "training" else this.cancel())
+                _on_signals(lambda: _leave(peer, this, log))
+                if not as_json:
+                    console.print("\n".join(run_lines(peer.manifest)), markup=False, highlight=False, soft_wrap=True)
                 if live is not None:
                     await stack.enter_async_context(live.showing(peer))
-                elif not as_json:
-                    console.print("\n".join(run_lines(peer.manifest)), highlight=False, soft_wrap=True)
 
             return await join(home, network, options, events=log, on_start=on_start)
 
@@ -73,6 +80,22 @@ def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json:
         console.print("\n".join(summary_lines(summary)), highlight=False, soft_wrap=True)
 
 
+def _event_log() -> EventLog:
+    """An event log that also takes what is logged by `logging`, which would otherwise end up on standard error."""
+    log = EventLog()
+    logging.getLogger().addHandler(LogToEvents(log))
+    return log
+
+
+def _leave(peer: Peer, joining: asyncio.Task[Any], log: EventLog) -> None:
+    """Stop training properly, or stop getting ready, where there is nothing to finish."""
+    if peer.progress.state == "joining":
+        joining.cancel()
+    else:
+        log.emit("leaving")
+        peer.stop()
+
+
 def _on_signals(first: Callable[[], object]) -> None:
     presses = 0
 
@@ -80,6 +103,7 @@ def _on_signals(first: Callable[[], object]) -> None:
         nonlocal presses
         presses += 1
         if presses > 1:
+            Console().show_cursor()  # the panel hides it
             os._exit(130)
         first()
 
@@ -98,9 +122,10 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(main)
     except BaseExceptionGroup as group:
-        if (expected := group.subgroup(LlmNodeError)) is not None:
-            raise _first_leaf(expected) from None
-        raise
+        expected, bugs = group.split(EXPECTED)
+        if expected is None or bugs is not None:
+            raise
+        raise _first_leaf(expected) from None
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 

@@ -1,4 +1,8 @@
-"""What the owner of a peer sees while it runs: one screen in a terminal, plain lines elsewhere, JSON lines on request."""
+"""What the owner of a node sees while it runs: a panel in a terminal, plain lines elsewhere, JSON lines on request.
+
+In a terminal, messages scroll by above a panel that is redrawn in place, so nothing that was said is lost, and only the panel ever
+cuts off a line. Names are strangers' text: they become `Text` objects, never markup, with unprintable characters replaced.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from node.events import Listener
+from bootstrap.document import printable
+from node.messages import ENDED_BY, Message, describe, topic
 from node.peer import Peer, Summary
+from node.progress import Progress
+from node.quantities import count, duration, size
+from protocol.ids import PeerId
 from protocol.manifest import Manifest
+from protocol.records import ExchangeNote
 
-__all__ = ["JsonView", "LiveView", "PlainView", "run_lines", "show_bootstrap", "summary_lines"]
+__all__ = ["BootstrapView", "JsonView", "LiveView", "PlainView", "run_lines", "summary_lines"]
 
 REFRESH_S = 0.5
-QUIET_EVENTS = {"step"}
+NUM_EXCHANGES = 4
 OUTCOME_STYLE = {
     "averaged": "green",
     "clipped": "yellow",
@@ -36,43 +45,34 @@ OUTCOME_STYLE = {
 def run_lines(manifest: Manifest) -> list[str]:
     """The run in three lines."""
     model, sync, data = manifest.model, manifest.sync, manifest.data
-    amount = f"{data.train_tokens / 1e6:.1f}M tokens" if data.train_tokens else "each volunteer's own text"
+    amount = f"{count(data.train_tokens)} tokens" if data.train_tokens else "each volunteer's own text"
     end = f"{sync.total_rounds} rounds" if sync.total_rounds else "no end set"
+    layers = f"{model.num_layers} layer{'s' * (model.num_layers > 1)} × {model.hidden_size}"
     return [
-        f"Run {manifest.name} ({manifest.run_id[:12]}), signed by {manifest.organiser}",
-        f"Model {model.num_parameters / 1e6:.1f}M parameters, {model.num_layers} layers × {model.hidden_size}; "
-        f"data {data.kind}, {amount}",
-        f"Training {sync.algorithm}, {sync.inner_steps} steps per round of about {sync.round_target_s:g} s, {end}",
+        f"Run {manifest.name}, signed by {manifest.organiser}",
+        f"Model {count(model.num_parameters)} parameters, {layers}; data {data.kind}, {amount}",
+        f"Training {sync.algorithm}, {sync.inner_steps} steps per round of about {duration(sync.round_target_s)}, {end}; "
+        f"run id {manifest.run_id[:12]}",
     ]
 
 
 def summary_lines(summary: Summary) -> list[str]:
     """The farewell."""
+    rounds = f"{summary.rounds} round{'s' * (summary.rounds != 1)}"
+    exchanges = f"{summary.exchanges_ok} exchange{'s' * (summary.exchanges_ok != 1)}, {summary.exchanges_failed} failed"
     lines = [
-        f"Contributed {summary.tokens:,} tokens in {summary.rounds} rounds; {summary.exchanges_ok} exchanges, "
-        f"{summary.exchanges_failed} failed."
+        f"Contributed {summary.tokens:,} tokens in {rounds}, with {exchanges}; "
+        f"sent {size(summary.sent_bytes)}, received {size(summary.received_bytes)}."
     ]
     if summary.val_loss_start is not None and summary.val_loss_end is not None:
         lines.append(f"Held-out loss {summary.val_loss_start:.3f} → {summary.val_loss_end:.3f} nats per token.")
-    lines.append(f"Sent {summary.sent_bytes / 1e6:.1f} MB, received {summary.received_bytes / 1e6:.1f} MB.")
+    if summary.finished:
+        lines.append(
+            "The run is complete. `llm-node generate` samples from the model, `llm-node export` writes it out."
+        )
+    else:
+        lines.append("Thank you. `llm-node join` goes on from here.")
     return lines
-
-
-def show_bootstrap(console: Console) -> Listener:
-    """For a bootstrap node: where to join and where the page is; everything else stays in the event log."""
-
-    def show(event: str, fields: dict[str, Any]) -> None:
-        if event == "serving":
-            console.print(
-                f"Run {fields['name']} ({fields['run'][:12]}) is published. Others join with", highlight=False
-            )
-            for address in fields["addresses"]:
-                console.print(f"  llm-node join --peer {address}", highlight=False, soft_wrap=True)
-            console.print("Ctrl-C stops this node; those who train go on without it.", highlight=False)
-        elif event == "web_page":
-            console.print(f"Status page {fields['url']}", highlight=False)
-
-    return show
 
 
 class JsonView:
@@ -94,74 +94,177 @@ class PlainView:
         self._console = console
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event not in QUIET_EVENTS:
-            details = " ".join(f"{key}={value}" for key, value in fields.items() if value is not None)
-            self._console.print(
-                f"{time.strftime('%H:%M:%S')} {event} {details}", markup=False, highlight=False, soft_wrap=True
-            )
+        message = describe(event, fields)
+        if message is not None:
+            _print_message(self._console, message)
 
 
 class LiveView:
-    """One screen, redrawn twice a second."""
+    """Messages scrolling by, and below them a panel that is redrawn twice a second."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last = Text("starting", style="dim")
+        self._lasting: dict[str, Message] = {}
+        self._saved_at_s: float | None = None
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event not in ("step", "validation", "exchange"):
-            details = " ".join(f"{key}={value}" for key, value in fields.items() if value is not None)
-            self._last = Text(
-                f"{time.strftime('%H:%M:%S')} {event} {details}", style="dim", overflow="ellipsis", no_wrap=True
-            )
+        if event in ENDED_BY:
+            self._lasting.pop(topic(ENDED_BY[event], fields), None)
+        if event == "checkpoint_saved":
+            self._saved_at_s = time.monotonic()
+        message = describe(event, fields)
+        if message is None or message.level == "detail":
+            return
+        if event in ENDED_BY.values():
+            is_new = topic(event, fields) not in self._lasting
+            self._lasting[topic(event, fields)] = message
+            if not is_new:
+                return
+        _print_message(self._console, message)
 
     @contextlib.asynccontextmanager
     async def showing(self, peer: Peer) -> AsyncIterator[None]:
         """Draw `peer` until the block is left; the last picture stays on the screen."""
-        with Live(self._draw(peer), console=self._console, auto_refresh=False) as live:
+        with Live(self.draw(peer), console=self._console, auto_refresh=False) as live:
             async with asyncio.TaskGroup() as tasks:
                 drawing = tasks.create_task(self._redraw(live, peer))
                 try:
                     yield
                 finally:
                     drawing.cancel()
-            live.update(self._draw(peer), refresh=True)
+            live.update(self.draw(peer), refresh=True)
 
     async def _redraw(self, live: Live, peer: Peer) -> None:
         while True:
-            live.update(self._draw(peer), refresh=True)
+            live.update(self.draw(peer), refresh=True)
             await asyncio.sleep(REFRESH_S)
 
-    def _draw(self, peer: Peer) -> RenderableType:
-        return Group(*map(Text, run_lines(peer.manifest)), Text(), _figures(peer), Text(), _exchanges(peer), self._last)
+    def draw(self, peer: Peer) -> RenderableType:
+        """The panel as of now."""
+        warnings = [Text(f"! {message.text}", style="yellow") for message in self._lasting.values()]
+        hint = "Ctrl-C leaves; joining again goes on from here"
+        if peer.progress.state == "leaving":
+            hint = "Leaving"
+        return Group(Text(), self._figures(peer), *warnings, Text(hint, style="dim"))
+
+    def _figures(self, peer: Peer) -> RenderableType:
+        progress, traffic = peer.progress, peer.progress.traffic
+        amount = f"↑ {size(traffic.sent_bytes)}  ↓ {size(traffic.received_bytes)}"
+        if progress.state == "joining":
+            return _rows([("joining", Text(f"fetching data and state, measuring this machine   {amount}"))])
+        others = sum(record.role == "trainer" for record in peer.service.directory.peers.values())
+        company = f"with {others} other peer{'s' * (others != 1)}" if others else "alone, no other peer is here"
+        held_out = _loss(progress.val_loss)
+        if progress.first_val_loss is not None and progress.rounds_done:
+            held_out += f" (from {_loss(progress.first_val_loss)})"
+        speed = [
+            f"{count(progress.tokens_per_s)} tokens/s",
+            f"{progress.sequences_per_step} sequences per step",
+            f"{count(progress.session_tokens)} tokens contributed",
+        ]
+        rows: list[tuple[str, RenderableType]] = [
+            ("round", _round(progress, peer.manifest.sync.total_rounds, self._console.width)),
+            ("loss", Text(f"{_loss(progress.train_loss)} training · {held_out} held-out")),
+            ("speed", Text(" · ".join(speed))),
+            ("swarm", Text(f"{company} · {amount}")),
+            ("saved", Text(_ago(self._saved_at_s))),
+        ]
+        totals = f"{progress.exchanges_ok} averaged, {progress.exchanges_failed} failed"
+        return Group(_rows([*rows, ("exchanges", Text(totals))]), _exchanges(peer))
 
 
-def _figures(peer: Peer) -> Table:
-    progress = peer.progress
-    table = Table.grid(padding=(0, 3))
-    done = ProgressBar(total=progress.inner_steps, completed=min(progress.step, progress.inner_steps), width=24)
-    eta = "" if progress.eta_s is None else f"{max(progress.eta_s, 0.0):.0f} s left"
-    table.add_row("round", str(progress.round), done, f"step {progress.step}/{progress.inner_steps}  {eta}")
-    table.add_row("loss", _number(progress.train_loss), "held-out", _number(progress.val_loss))
-    speed = f"{progress.tokens_per_s:,.0f} tokens/s"
-    table.add_row("speed", speed, "batch", f"{progress.sequences_per_step} sequences")
-    traffic = f"↑ {progress.traffic.sent_bytes / 1e6:.1f} MB  ↓ {progress.traffic.received_bytes / 1e6:.1f} MB"
-    others = sum(record.role == "trainer" for record in peer.service.directory.peers.values())
-    table.add_row("traffic", traffic, "peers", f"{others} others, {progress.state}")
+class BootstrapView:
+    """For a bootstrap node: where to join, where the page is, warnings, and how the swarm does.
+
+    A context manager: in a terminal the last of these is one line that is redrawn in place.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> BootstrapView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        message = describe(event, fields)
+        if event == "serving":
+            self._say(f"Run {fields['name']} ({fields['run'][:12]}) is published. Others join with")
+            for address in fields["addresses"]:
+                self._say(f"  llm-node join --peer {address}")
+            self._say("Ctrl-C stops this node; those who train go on without it.")
+        elif event == "swarm" and message is not None and self._live is not None:
+            self._live.update(Text(message.text, no_wrap=True, overflow="ellipsis"), refresh=True)
+        elif event == "web_page":
+            self._say(f"Status page {fields['url']}")
+        elif message is not None:
+            _print_message(self._console, message)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_message(console: Console, message: Message) -> None:
+    line = Text(f"{time.strftime('%H:%M:%S')} ", style="dim")
+    if message.level == "warning":
+        line.append(f"warning: {message.text}", style="not dim yellow")
+    else:
+        line.append(message.text, style="" if message.level == "detail" else "not dim")
+    console.print(line, soft_wrap=True)
+
+
+def _rows(rows: list[tuple[str, RenderableType]]) -> Table:
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(style="dim", width=9, no_wrap=True)
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    for label, value in rows:
+        table.add_row(label, value)
     return table
+
+
+def _round(progress: Progress, total_rounds: int, width: int) -> RenderableType:
+    step = min(progress.step, progress.inner_steps)
+    number = f"{progress.round} of {total_rounds}" if total_rounds else str(progress.round)
+    left = "" if progress.eta_s is None else f" · {duration(progress.eta_s)} left"
+    bar = ProgressBar(total=progress.inner_steps, completed=step, width=max(8, min(40, width - 52)))
+    line = Table.grid(padding=(0, 2))
+    line.add_row(number, bar, Text(f"{step}/{progress.inner_steps} steps{left}", no_wrap=True))
+    return line
 
 
 def _exchanges(peer: Peer) -> RenderableType:
-    notes = list(peer.progress.recent)
-    if not notes:
-        return Text("no exchange yet", style="dim")
+    """The last exchanges, newest first; always the same height, so that the panel does not jump."""
     table = Table.grid(padding=(0, 2))
+    table.add_column(width=9)
+    for _ in range(4):
+        table.add_column(no_wrap=True, overflow="ellipsis")
+    notes = list(peer.progress.recent)[-NUM_EXCHANGES:]
     for note in reversed(notes):
-        partner = f"with …{note.partner[-6:]}" if note.partner else ""
-        style = OUTCOME_STYLE[note.outcome]
-        table.add_row(f"round {note.round}", Text(note.outcome, style=style), partner, f"{note.seconds:.2f} s")
+        took = "" if note.partner is None else f"{note.seconds:.1f} s"
+        outcome = Text(note.outcome, style=OUTCOME_STYLE[note.outcome])
+        table.add_row("", Text(f"round {note.round}", style="dim"), outcome, _partner(peer, note), took)
+    for _ in range(NUM_EXCHANGES - len(notes)):
+        table.add_row("")
     return table
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _partner(peer: Peer, note: ExchangeNote) -> Text:
+    if note.partner is None:
+        return Text("no partner was free" if note.outcome == "alone" else "", style="dim")
+    record = peer.service.directory.all_records.get(PeerId(note.partner))
+    name = "" if record is None else printable(record.name).strip()
+    return Text.assemble("with ", f"{name} " if name else "", (f"…{note.partner[-8:]}", "dim"))
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
+
+
+def _ago(moment_s: float | None) -> str:
+    return "not yet" if moment_s is None else f"{duration(time.monotonic() - moment_s)} ago"

@@ -157,7 +157,13 @@ function exchangeItem(exchange) {
 
 let drawnExchanges = "";
 
-function drawExchanges(exchanges, swarm) {
+function whyNoExchange(run, swarm) {
+  if (run.algorithm === "local") return "Peers of this run train without exchanging anything.";
+  if (swarm.training === 1) return "One peer trains alone. Exchanges begin when a second one joins.";
+  return "None yet. Peers average at the end of every round.";
+}
+
+function drawExchanges({ run, swarm, exchanges }) {
   const newest = exchanges.slice(0, 12);
   const drawn = JSON.stringify(newest);
   if (drawn !== drawnExchanges) {
@@ -166,8 +172,7 @@ function drawExchanges(exchanges, swarm) {
   }
   setText(byId("exchanges-note"), `${count(swarm.exchanges_ok)} averaged, ${count(swarm.exchanges_failed)} not`);
   byId("exchanges-empty").hidden = newest.length !== 0;
-  const alone = "One peer trains alone. Exchanges begin when a second one joins.";
-  setText(byId("exchanges-empty"), swarm.training === 1 ? alone : "None yet. Peers average in pairs at the end of every round.");
+  setText(byId("exchanges-empty"), whyNoExchange(run, swarm));
 }
 
 function draw(status) {
@@ -177,7 +182,7 @@ function draw(status) {
   byId("chart-empty").hidden = status.val_loss.length !== 0;
   chart.show(status.val_loss);
   drawPeers(status.peers, status.swarm);
-  drawExchanges(status.exchanges, status.swarm);
+  drawExchanges(status);
 }
 
 function showLink(state, text) {

@@ -9,6 +9,12 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
+// Some air above and below; a lone value or a flat line sits in the middle.
+function padded(low, high) {
+  const air = Math.max(0.06 * (high - low), 0.02 * Math.abs(high), 0.01);
+  return [low - air, high + air];
+}
+
 function options(width) {
   const axis = {
     stroke: colour("--quiet"),
@@ -23,8 +29,8 @@ function options(width) {
     padding: [12, 12, 0, 0],
     cursor: { y: false, drag: { x: false, y: false } },
     scales: {
-      x: { time: false, range: (_u, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
-      y: { range: (_u, low, high) => uPlot.rangeNum(low, high, 0.08, false) },
+      x: { time: false, range: (u, low, high) => (u.data[0].length === 1 ? [u.data[0][0] - 0.5, u.data[0][0] + 0.5] : [low, high]) },
+      y: { range: (_u, low, high) => padded(low, high) },
     },
     axes: [
       { ...axis, size: 34, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000], values: (_u, ticks) => ticks.map(String) },
@@ -42,8 +48,14 @@ function options(width) {
         value: (_u, v) => loss(v ?? null),
       },
     ],
+    // With no pointer over it, the legend tells the newest round.
+    hooks: { setCursor: [(u) => u.cursor.idx == null && tellNewest(u)] },
     bands: [{ series: [1, 2], fill: colour("--band") }],
   };
+}
+
+function tellNewest(plot) {
+  plot.setLegend({ idx: plot.data[0].length - 1 });
 }
 
 export class LossChart {
@@ -62,6 +74,7 @@ export class LossChart {
     this.data = [0, 3, 2, 1].map((column) => points.map((point) => point[column]));
     if (this.plot === null) this.rebuild();
     else this.plot.setData(this.data);
+    if (this.plot.cursor.idx == null) tellNewest(this.plot);
   }
 
   rebuild() {

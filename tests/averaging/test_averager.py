@@ -10,6 +10,7 @@ import pytest
 
 from averaging.averager import ExchangeResult
 from averaging.pairing import priority, ranking
+from protocol.ids import PeerId
 from protocol.memory import LinkSpec, MemoryNetwork
 from protocol.virtual_time import run_virtual
 from tests.averaging.swarm import RUN, Swarm, identities, make_update, open_swarm
@@ -44,7 +45,8 @@ class TestLockstep:
     def test_the_pairs_are_the_greedy_matching_of_the_documented_priorities(self, num_peers: int) -> None:
         results = together(num_peers)
         ids = [identity.peer_id for identity in identities(num_peers)]
-        left, expected = set(ids), {}
+        left = set(ids)
+        expected: dict[PeerId, PeerId] = {}
         ties = sorted(itertools.combinations(ids, 2), key=lambda tie: priority(RUN.encode(), 5, *tie), reverse=True)
         for a, b in ties:
             if a in left and b in left:
@@ -55,8 +57,9 @@ class TestLockstep:
     def test_many_rounds_one_after_the_other(self) -> None:
         async def main() -> None:
             async with open_swarm(4, network=MemoryNetwork(link=LinkSpec(latency_s=0.01))) as swarm:
+
                 async def life(index: int) -> list[str]:
-                    outcomes = []
+                    outcomes: list[str] = []
                     for round in range(10):
                         await asyncio.sleep(5.0 + 0.7 * index)
                         outcomes.append((await swarm.exchange(index, round=round, deadline_s=20.0)).outcome)
@@ -126,9 +129,7 @@ class TestRounds:
         candidates = swarm.ids if index == 2 else swarm.ids[:2]
         update = make_update(swarm.ids[index])
         now_s = asyncio.get_running_loop().time()
-        return await swarm.averagers[index].exchange(
-            update, candidates=candidates, deadline_s=now_s + 60.0
-        )
+        return await swarm.averagers[index].exchange(update, candidates=candidates, deadline_s=now_s + 60.0)
 
     def test_one_ahead_is_kept_at_the_door_for_the_next_round(self) -> None:
         async def main() -> None:
@@ -142,7 +143,6 @@ class TestRounds:
                 assert swarm.check({2: ahead.result(), 0: again.result()}, rounds=rounds) == {frozenset({0, 2})}
 
         run_virtual(main())
-
 
     def test_one_straggler_does_not_keep_the_others_from_pairing(self) -> None:
         async def main() -> None:
@@ -170,7 +170,8 @@ class TestNetworkFaults:
         async def main() -> None:
             async with open_swarm(2) as swarm:
                 result = await swarm.exchange(0, deadline_s=7.0)
-                assert (result.outcome, result.seconds) == ("timeout", pytest.approx(7.0))
+                assert result.outcome == "timeout"
+                assert result.seconds == pytest.approx(7.0)
                 late = await swarm.exchange(1, deadline_s=7.0)
                 assert late.outcome == "alone"
 
@@ -180,7 +181,8 @@ class TestNetworkFaults:
         async def main() -> None:
             async with open_swarm(2) as swarm:
                 result = await swarm.exchange(0, deadline_s=-1.0)
-                assert (result.outcome, result.seconds) == ("timeout", pytest.approx(0.0))
+                assert result.outcome == "timeout"
+                assert result.seconds == pytest.approx(0.0)
 
         run_virtual(main())
 
@@ -247,6 +249,7 @@ class TestNetworkFaults:
     @pytest.mark.parametrize("step", range(30))
     def test_a_crash_at_any_moment(self, step: int) -> None:
         """Peer 1 dies 10 ms × step into an exchange that takes about 200 ms: its partner knows at once."""
+
         async def main() -> None:
             network = MemoryNetwork(link=LinkSpec(latency_s=0.02, bytes_per_s=50_000.0))
             async with open_swarm(2, network=network) as swarm:

@@ -124,6 +124,10 @@ def busy_store() -> StatusStore:
                 ],
                 now_s=NOW_S,
             )
-    boot = record(0, role="bootstrap", state="serving", name="", round=0, step=0, inner_steps=0, tokens=0, train_loss=None)
-    store.observe([boot.model_copy(update={"tokens_per_s": 0.0, "exchanges_ok": 0, "exchanges_failed": 0})], now_s=NOW_S)
+    boot = record(
+        0, role="bootstrap", state="serving", name="", round=0, step=0, inner_steps=0, tokens=0, train_loss=None
+    )
+    store.observe(
+        [boot.model_copy(update={"tokens_per_s": 0.0, "exchanges_ok": 0, "exchanges_failed": 0})], now_s=NOW_S
+    )
     return store

@@ -25,7 +25,13 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (Debian: apt-get install chromium)"),
 ]
 
-ARGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 DESKTOP = {"width": 1180, "height": 1100}
 PHONE = {"width": 390, "height": 844}
 
@@ -42,14 +48,19 @@ async def browser() -> AsyncIterator[Browser]:
 
 @asynccontextmanager
 async def opened(
-    browser: Browser, get_document: Callable[[], dict[str, Any]], *, viewport: dict[str, int] = DESKTOP, dark: bool = False
+    browser: Browser,
+    get_document: Callable[[], dict[str, Any]],
+    *,
+    viewport: dict[str, int] = DESKTOP,
+    dark: bool = False,
 ) -> AsyncIterator[Page]:
     """The page of a fresh server, drawn once. On leaving, nothing may have been complained about in its console."""
     complaints: list[str] = []
     requests: list[str] = []
     async with serve_web("127.0.0.1", 0, get_document, event_interval_s=0.1) as url:
         page = await browser.new_page(
-            viewport={"width": viewport["width"], "height": viewport["height"]}, color_scheme="dark" if dark else "light"
+            viewport={"width": viewport["width"], "height": viewport["height"]},
+            color_scheme="dark" if dark else "light",
         )
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -143,6 +154,7 @@ async def test_a_busy_swarm(browser: Browser, viewport: dict[str, int], dark: bo
         await expect(page.locator("#chart canvas")).to_be_visible()
         await expect(page.locator("#peers tbody tr")).to_have_count(5)
         await expect(page.locator("#speed")).to_have_text("8,880 tok/s")
+        await expect(page.locator("#chart .u-value").first).to_have_text("24")
         assert await _overflow(page) == 0
         background = await page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(17, 21, 27)") is dark
@@ -152,7 +164,9 @@ async def test_a_busy_swarm(browser: Browser, viewport: dict[str, int], dark: bo
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("case", ["empty", "one", "liars"])
 async def test_unusual_swarms_look_right(browser: Browser, viewport: dict[str, int], case: str) -> None:
-    lone = record(1, name="", round=1, train_loss=None, step=3, val_loss=6.94, val_round=0, exchanges_ok=0, exchanges_failed=0)
+    lone = record(
+        1, name="", round=1, train_loss=None, step=3, val_loss=6.94, val_round=0, exchanges_ok=0, exchanges_failed=0
+    )
     wild = [
         record(i, name="W" * 32, tokens=2**62, tokens_per_s=1e12, train_loss=1e6, sent_bytes=2**62, step=2**60)
         for i in (1, 2)

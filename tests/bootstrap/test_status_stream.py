@@ -33,7 +33,7 @@ def test_each_reader_gets_the_document_of_its_moment() -> None:
 
     async def main() -> list[int]:
         network = MemoryNetwork()
-        counts = []
+        counts: list[int] = []
         async with MemoryTransport(network, peer_id(1)) as server, MemoryTransport(network, peer_id(2)) as reader:
             serve_status(server, lambda: served[len(counts)])
             for _ in served:

@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from bootstrap.document import MAX_DOCUMENT_BYTES, MAX_PEERS, MAX_POINTS, StatusDocument, encode_document, parse_document
+from bootstrap.document import (
+    MAX_DOCUMENT_BYTES,
+    MAX_PEERS,
+    MAX_POINTS,
+    StatusDocument,
+    encode_document,
+    parse_document,
+)
 from bootstrap.store import StatusStore
 from bootstrap.summary import FORGET_AFTER_S, SILENT_AFTER_S, swarm_status
 from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, note, peer_id, record
@@ -36,7 +43,9 @@ def test_totals_count_trainers_and_everybody_s_bytes() -> None:
 
 def test_one_liar_moves_neither_round_nor_curve() -> None:
     honest = [record(i, val_loss=3.0 + 0.1 * i, val_round=7) for i in (1, 2, 3)]
-    document = document_of(*honest, record(4, round=10**12, val_loss=1e6, val_round=7), record(5, val_loss=0.0, val_round=10**9))
+    document = document_of(
+        *honest, record(4, round=10**12, val_loss=1e6, val_round=7), record(5, val_loss=0.0, val_round=10**9)
+    )
     assert document["swarm"]["round"] == 8
     assert document["val_loss"] == [[7, pytest.approx(3.2), 3.1, 3.3, 3]]
     assert any("peer-4" in warning and "left out" in warning for warning in document["warnings"])

@@ -105,7 +105,7 @@ def test_a_late_peer_takes_its_state_from_the_others(tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as tasks:
             for name in ("a", "b", "c"):
                 tasks.create_task(swarm.live(name, rounds=30))
-            await asyncio.sleep(25)
+            await asyncio.sleep(12)
             await swarm.live("late", rounds=3, own_store=True)
             for name in ("a", "b", "c"):
                 swarm.peers[name].stop()

@@ -247,6 +247,8 @@ def test_importing_the_transport_is_silent() -> None:
 
 @net
 async def test_a_relay_starts_and_serves(tmp_path: Path) -> None:
-    async with transport_in(tmp_path / "relay", relay_service=True) as relay:
-        async with transport_in(tmp_path / "peer", initial_peers=await relay.addresses()) as peer:
-            assert await answers(peer, relay.peer_id)
+    async with (
+        transport_in(tmp_path / "relay", relay_service=True) as relay,
+        transport_in(tmp_path / "peer", initial_peers=await relay.addresses()) as peer,
+    ):
+        assert await answers(peer, relay.peer_id)

@@ -1,0 +1,138 @@
+"""Events in words: what the owner of a node is told, and how urgently.
+
+Each event that a person may care about has one sentence here, so that the live view, plain output and the bootstrap node say the
+same. A warning about a lasting condition (the disk is full, the swarm is gone) stands until the event that ends it; the live
+view keeps it on the screen that long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bootstrap.document import printable
+from node.quantities import count, duration
+
+__all__ = ["ENDED_BY", "Message", "describe", "topic"]
+
+Fields = Mapping[str, Any]
+Level = Literal["detail", "info", "warning"]
+
+ENDED_BY = {
+    "checkpoint_saved": "checkpoint_failed",
+    "disk_recovered": "disk_error",
+    "swarm_reachable": "swarm_unreachable",
+    "training": "waiting_for_data",
+}
+"""Which event ends which lasting warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One event for a person.
+
+    Attributes:
+        text: one printable line.
+        level: detail (of interest when nothing else is shown), info, or warning (something to mend or to know).
+    """
+
+    text: str
+    level: Level
+
+
+def describe(event: str, fields: Fields) -> Message | None:
+    """The event in words; None for one that is only for programs."""
+    if event == "log" and fields["level"] in ("error", "critical"):
+        return Message(printable(fields["text"]), "warning")
+    if event not in _SENTENCES:
+        return None
+    level, sentence = _SENTENCES[event]
+    text = sentence(fields) if callable(sentence) else sentence.format(**fields)
+    return Message(printable(" ".join(text.split())), level)
+
+
+def topic(event: str, fields: Fields) -> str:
+    """What a lasting warning is about; a newer one about the same replaces it."""
+    return f"{event} {fields['path']}" if "path" in fields else event
+
+
+def _exchange(fields: Fields) -> str:
+    partner = "" if fields["partner"] is None else f"…{fields['partner'][-8:]}"
+    outcome = {
+        "averaged": f"averaged with {partner} in {fields['seconds']:.1f} s",
+        "clipped": f"averaged with {partner} in {fields['seconds']:.1f} s, its update clipped",
+        "refused": f"refused the update of {partner}: it is out of bounds",
+        "alone": "no partner was free",
+        "timeout": f"{partner or 'the partner'} did not finish in time; stepped alone",
+        "lost": f"{partner or 'the partner'} vanished; stepped alone",
+    }[fields["outcome"]]
+    return f"Round {fields['round']}: {outcome}"
+
+
+def _shard_unavailable(fields: Fields) -> str:
+    instead = "reading one that is here instead" if fields.get("fallback", True) else "waiting for a peer that has it"
+    return f"Data shard {fields['shard']}… cannot be had ({fields['reason']}); {instead}"
+
+
+def _swarm(fields: Fields) -> str:
+    parts = [f"{fields['training']} of {fields['peers']} peers training", f"round {fields['round']}"]
+    if fields["val_loss"] is not None:
+        parts.append(f"held-out loss {fields['val_loss']:.3f}")
+    return " · ".join([*parts, f"{count(fields['tokens_per_s'])} tokens/s"])
+
+
+_SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
+    # starting
+    "connecting": ("info", "Connecting to the swarm"),
+    "web_page": ("info", "Status page {url}"),
+    "waiting_for_data": ("warning", "Waiting for the run's data: {reason}"),
+    "listening": (
+        "detail",
+        lambda f: f"Others can join through {f['addresses'][0]}" if f["addresses"] else "Listening",
+    ),
+    "measured": ("info", "Measured this machine: {sequences_per_step} sequences per step"),
+    "resumed": (
+        "info",
+        lambda f: f"Goes on from its checkpoint: round {f['round']}, step {f['step']}, {count(f['tokens'])} tokens",
+    ),
+    "state_adopted": (
+        "info",
+        lambda f: (
+            f"Took the swarm's state of round {f['round']} from {f['donors']} "
+            f"peer{'s' * (f['donors'] > 1)}; held-out loss {f['loss']:.3f}"
+        ),
+    ),
+    "initial_state": (
+        "warning",
+        "No state of the swarm could be had; starts from the initial weights in round {round}",
+    ),
+    "training": ("info", "Training from round {round} with {sequences} sequences per step"),
+    "leaving": ("info", "Leaving after the step and the write in progress; Ctrl-C again ends at once"),
+    # rounds
+    "validation": ("detail", "Round {round}: held-out loss {loss:.3f}"),
+    "exchange": ("detail", _exchange),
+    "round_skipped": ("info", "Skips from round {own} to {swarm}, where the swarm is"),
+    "snapshot_published": ("detail", "Published the state of round {round} for joiners"),
+    "snapshot_kept": ("detail", "Keeps a copy of the state of round {round} for joiners"),
+    "snapshot_unavailable": ("detail", "Could not copy the state of round {round}: {reason}"),
+    "swarm": ("detail", _swarm),
+    # trouble
+    "blob_damaged": ("warning", "{reason}; fetching it from the swarm"),
+    "prefetch_failed": ("detail", "Could not fetch data shard {shard}… ahead of round {round}: {reason}"),
+    "snapshot_failed": ("warning", "Could not keep the state of round {round} for joiners: {reason}. Training goes on"),
+    "snapshot_refused": ("warning", "Refused to keep a peer's state of round {round}: {reason}"),
+    "state_refused": ("warning", "Refused a state of round {round}: {reason}"),
+    "shard_unavailable": ("warning", _shard_unavailable),
+    "checkpoint_damaged": ("warning", "A damaged checkpoint was passed over, the one before it is used ({reason})"),
+    "checkpoint_failed": ("warning", "Training goes on unsaved: {reason}"),
+    "disk_error": ("warning", "Cannot write {path}: {reason}; free some space. Training goes on"),
+    "disk_recovered": ("info", "Writes {path} again"),
+    "swarm_unreachable": (
+        "warning",
+        lambda f: (
+            f"The swarm has not been reachable for {duration(f['seconds'])} ({f['reason']}); training goes on alone"
+        ),
+    ),
+    "swarm_reachable": ("info", "The swarm is reachable again"),
+}
