@@ -121,6 +121,6 @@ class StateFetcher:
             self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=f"held-out loss {loss:.2f}")
             return False
         swarm = await self.swarm_round()
-        await self._compute.run(self._trainer.adopt, weights, max(ref.round, swarm or 0))
+        await self._compute.run(self._trainer.adopt, weights, ref.round if swarm is None else swarm)
         self._events.emit("state_adopted", round=ref.round, loss=round(loss, 4), donors=len(candidate.voters))
         return True

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from bootstrap.status_stream import serve_status
 from bootstrap.store import StatusStore
 from bootstrap.summary import swarm_status
 from bootstrap.web import serve_web
+from node.contact import Contact
 from node.events import EventLog
 from protocol.blob_exchange import serve_blobs
 from protocol.blobs import BlobStore
@@ -66,15 +67,21 @@ class Service:
         self.directory = Directory(dht=transport.dht, identity=identity, run=signed.manifest.run_id)
         self._history = StatusStore(":memory:" if folder is None else folder / "status.db")
         self._collector = Collector(self.directory, self._history)
-        self._watchers: list[Callable[[], Awaitable[None]]] = []
+        self._watchers: dict[Callable[[], Coroutine[Any, Any, None]], asyncio.Task[None] | None] = {}
+        self._last_status: dict[str, Any] | None = None
         self._cached: list[str] = []
+        self._disk_problems: dict[str, str] = {}
+        self._contact = Contact(events)
 
-    def on_heartbeat(self, watcher: Callable[[], Awaitable[None]]) -> None:
-        """Await `watcher` after every look at the directory."""
-        self._watchers.append(watcher)
+    def on_heartbeat(self, watcher: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `watcher` after every look at the directory, but never twice at once. It may take as long as it likes: the
+        heart goes on beating, and the node stays in the directory."""
+        self._watchers[watcher] = None
 
     def status(self) -> dict[str, Any]:
         """The status document, as shown by the page and the status stream."""
+        if self._last_status is not None:  # the history is closed, but a stream may still ask
+            return self._last_status
         return swarm_status(self._history, self._signed.manifest, now_s=time.time())
 
     def donors(self) -> list[PeerId]:
@@ -89,49 +96,73 @@ class Service:
         serve_blobs(self.transport, self.store)
         serve_status(self.transport, self.status)
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._history.close)
+            stack.callback(self._close_history)
             if self._http is not None:
                 address = await stack.enter_async_context(serve_web(*self._http, self.status))
                 self.events.emit("web_page", url=address)
             await self.beat()
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            heart = tasks.create_task(self._heartbeat())
+            heart = tasks.create_task(self._heartbeat(tasks))
             try:
                 yield
             finally:
-                heart.cancel()
+                for task in [heart, *self._watchers.values()]:
+                    if task is not None:
+                        task.cancel()
                 with contextlib.suppress(LlmNodeError, TimeoutError):
                     async with asyncio.timeout(1.5):
                         await self.directory.publish(self._record(await self.transport.addresses()))
 
+    def _close_history(self) -> None:
+        self._last_status = self.status()
+        self._history.close()
+
     async def beat(self) -> None:
         """Publish the record once and look at the directory once."""
+        num_failed = self.directory.num_failed_reads
         try:
-            await self.directory.publish(self._record(await self.transport.addresses()))
+            stored = await self.directory.publish(self._record(await self.transport.addresses()))
+            problem = None if stored else "nobody takes our record"
         except LlmNodeError as error:
-            self.events.emit("directory_unreachable", reason=str(error))
+            problem = str(error)
         await self._collector.collect()
+        self._note_disk("status.db", self._history.problem)
+        if self.directory.num_failed_reads > num_failed:
+            problem = "the directory cannot be read"
         records = self.directory.peers
+        self._contact.note(problem, num_peers=len(records), now_s=asyncio.get_running_loop().time())
         for peer, record in records.items():
             await self.transport.learn(peer, record.addresses)
         self._cache([address for record in records.values() for address in record.addresses])
 
-    async def _heartbeat(self) -> None:
+    async def _heartbeat(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             await self.beat()
-            for watcher in self._watchers:
-                await watcher()
+            for watcher, task in self._watchers.items():
+                if task is None or task.done():
+                    self._watchers[watcher] = tasks.create_task(watcher())
 
     def _cache(self, addresses: list[str]) -> None:
         """Remember addresses, so that a restart finds the swarm without its first address."""
         addresses = sorted(set(addresses))[:NUM_CACHED_ADDRESSES]
         if self._folder is None or not addresses or addresses == self._cached:
             return
-        self._cached = addresses
         path = self._folder / "peers.json"
         try:
             path.with_suffix(".tmp").write_text(json.dumps(addresses))
             path.with_suffix(".tmp").replace(path)
         except OSError as error:
-            self.events.emit("disk_error", path=str(path), reason=str(error.strerror))
+            self._note_disk(path.name, error.strerror or type(error).__name__)
+        else:
+            self._cached = addresses
+            self._note_disk(path.name, None)
+
+    def _note_disk(self, name: str, problem: str | None) -> None:
+        """Tell once that a file cannot be written, and once that it can again."""
+        path = str((self._folder or Path()) / name)
+        if problem is not None and name not in self._disk_problems:
+            self.events.emit("disk_error", path=path, reason=problem)
+            self._disk_problems[name] = problem
+        elif problem is None and self._disk_problems.pop(name, None) is not None:
+            self.events.emit("disk_recovered", path=path)

@@ -10,6 +10,7 @@ it from all of them at once. It is immutable, so a download never blocks anybody
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -69,7 +70,8 @@ class SnapshotKeeper:
         self._run, self._peer, self._every = run, peer, every_rounds
         self._trainer, self._compute, self._store, self._transport = trainer, compute, store, transport
         self._events, self._publish, self._own_loss = events, publish, own_loss
-        self._refused: set[str] = set()
+        self._refused: dict[PeerId, int] = {}
+        self._unavailable: set[str] = set()
         self.held: list[SnapshotRef] = []
 
     async def after_round(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
@@ -89,16 +91,34 @@ class SnapshotKeeper:
 
     async def keep_copies(self, live: Mapping[PeerId, PeerRecord]) -> None:
         """Fetch and check the newest snapshot that others publish, if the lot makes this peer one of its keepers."""
-        newest_held = max((ref.round for ref in self.held), default=-1)
-        offers = [(ref, peer) for peer, record in live.items() for ref in record.snapshots if ref.round > newest_held]
-        for ref, publisher in sorted(offers, key=lambda offer: -offer[0].round):
-            order = order_for_epoch(self._run, ref.round // self._every, [self._peer, *live])
-            if ref.root in self._refused or self._peer not in order[:NUM_KEEPERS]:
-                continue
-            if await self._fetch(ref, [peer for peer, record in live.items() if ref in record.snapshots]):
+        for ref in self._offers(live):
+            if await self._fetch(ref, _holders(ref, live)):
                 self._hold(ref)
-                self._events.emit("snapshot_kept", round=ref.round, root=ref.root[:12], source=publisher)
-            return
+                self._events.emit("snapshot_kept", round=ref.round, root=ref.root[:12])
+                return
+
+    def _offers(self, live: Mapping[PeerId, PeerRecord]) -> list[SnapshotRef]:
+        """What this peer should keep, newest first; what could not be had last time comes last.
+
+        Any peer may claim anything, so a snapshot counts only from a peer that the lot allows to have it, and only for a round
+        that the swarm can have reached. Who showed a bad one is not listened to again before the next round of snapshots:
+        checking costs a download and an evaluation.
+        """
+        self._refused = {peer: round for peer, round in self._refused.items() if peer in live}
+        newest_held = max((ref.round for ref in self.held), default=-1)
+        rounds = sorted([self._trainer.round, *(record.round for record in live.values())])
+        newest_possible = rounds[(len(rounds) - 1) // 2] + self._every
+        offers: set[SnapshotRef] = set()
+        for peer, record in live.items():
+            for ref in record.snapshots:
+                is_new = max(newest_held, self._refused.get(peer, -1)) < ref.round <= newest_possible
+                if is_new and {peer, self._peer} <= set(self._keepers(ref, live)):
+                    offers.add(ref)
+        self._unavailable &= {ref.root for ref in offers}
+        return sorted(offers, key=lambda ref: (ref.root in self._unavailable, -ref.round, ref.root))
+
+    def _keepers(self, ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[PeerId]:
+        return order_for_epoch(self._run, ref.round // self._every, [self._peer, *live])[:NUM_KEEPERS]
 
     def adopt(self, ref: SnapshotRef) -> None:
         """Hold the snapshot this peer itself started from."""
@@ -111,24 +131,33 @@ class SnapshotKeeper:
             await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
             weights = self._trainer.read_snapshot(await asyncio.to_thread(self._store.read, blob))
         except CheckpointError as error:
-            return self._refuse(ref, str(error))
+            return self._refuse(ref, donors, str(error))
         except LlmNodeError as error:  # unreachable just now: look again at the next refresh
+            self._unavailable.add(ref.root)
             self._events.emit("snapshot_unavailable", round=ref.round, root=ref.root[:12], reason=str(error))
             return False
         loss, own = await self._compute.run(self._trainer.evaluate, weights), self._own_loss()
         if own is not None and not loss <= own + LOSS_MARGIN:
-            return self._refuse(ref, f"its held-out loss {loss:.3f} is far above our own {own:.3f}")
+            return self._refuse(ref, donors, f"its held-out loss {loss:.3f} is far above our own {own:.3f}")
         return True
 
-    def _refuse(self, ref: SnapshotRef, reason: str) -> bool:
-        self._refused.add(ref.root)
-        self._store.remove(BlobId(ref.root))
+    def _refuse(self, ref: SnapshotRef, holders: list[PeerId], reason: str) -> bool:
+        self._refused |= dict.fromkeys(holders, ref.round)
+        self._forget(ref)
         self._events.emit("snapshot_refused", round=ref.round, root=ref.root[:12], reason=reason)
         return False
 
     def _hold(self, ref: SnapshotRef) -> None:
         self.held = sorted([*(r for r in self.held if r.root != ref.root), ref], key=lambda r: r.round)
         for old in self.held[:-NUM_KEPT]:
-            self._store.remove(BlobId(old.root))
+            self._forget(old)
         self.held = self.held[-NUM_KEPT:]
         self._publish(list(self.held))
+
+    def _forget(self, ref: SnapshotRef) -> None:
+        with contextlib.suppress(UserError):  # the disk cannot be written: the file stays, which harms nobody
+            self._store.remove(BlobId(ref.root))
+
+
+def _holders(ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[PeerId]:
+    return [peer for peer, record in live.items() if ref in record.snapshots]

@@ -198,6 +198,8 @@ class SyncSpec(_Section):
                 f"sync.gamma {self.gamma} is outside 0 < γ < 2(1 − α²) = {bound:.3f}: replicas would drift apart; "
                 "lower gamma or alpha"
             )
+        if self.algorithm == "diloco" and not self.gamma < 2.0:
+            raise ValueError(f"sync.gamma {self.gamma} must be below 2 for diloco; lower gamma")
         if self.decay_rounds > self.total_rounds:
             raise ValueError("sync.decay_rounds must not exceed sync.total_rounds")
         return self
