@@ -83,19 +83,19 @@ class StateFetcher:
     async def fetch(self) -> SnapshotRef | None:
         """Adopt the swarm's state; None when there is none to be had and the initial weights stay."""
         deadline_s = asyncio.get_running_loop().time() + WAIT_FOR_VOTES_S
+        failed: set[SnapshotRef] = set()
         while True:
             await self._directory.refresh()
             trainers = self._trainers()
-            candidates = choose_snapshots(trainers)
-            enough = candidates and len(candidates[0].voters) >= min(NUM_VOTES, len(trainers))
-            waiting = not enough and any(record.round > 1 for record in trainers.values())
-            if not waiting or asyncio.get_running_loop().time() >= deadline_s:
-                break
-            await asyncio.sleep(0.5)
-        for candidate in candidates:
-            if await self._adopt(candidate):
-                return candidate.ref
-        return None
+            for candidate in choose_snapshots(trainers):
+                if candidate.ref not in failed:
+                    if await self._adopt(candidate):
+                        return candidate.ref
+                    failed.add(candidate.ref)
+            has_begun = any(record.round > 1 for record in trainers.values())
+            if not has_begun or asyncio.get_running_loop().time() >= deadline_s:
+                return None
+            await asyncio.sleep(0.5)  # votes are on their way, or the next snapshot is
 
     def _trainers(self) -> dict[PeerId, PeerRecord]:
         return {

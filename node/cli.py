@@ -252,7 +252,8 @@ def demo(
     ),
 ) -> None:
     """Watch a whole swarm on this machine: one bootstrap node and a few peers train a small model."""
-    from node.demo import DemoOptions, run_demo
+    from node.demo import run_demo
+    from node.demo_settings import DemoOptions
 
     if transport not in ("libp2p", "memory"):
         raise UserError(f"no transport {transport!r}; choose libp2p or memory")

@@ -90,10 +90,29 @@ async def coordinate(
                 folder=folder,
                 http=options.http,
             )
+            watch = _SwarmWatch(service)
+            service.on_heartbeat(watch.look)
             async with service.running():
                 events.emit("serving", run=manifest.run_id, name=manifest.name, addresses=await transport.addresses())
                 await stopping.wait()
                 record.leaving = True
+
+
+class _SwarmWatch:
+    """Tells how the swarm does, whenever somebody has come, gone or reached another round."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._last: tuple[int, ...] = ()
+
+    async def look(self) -> None:
+        """One look at the status document."""
+        swarm = self._service.status()["swarm"]
+        state = (swarm["peers"], swarm["training"], swarm["round"])
+        if state != self._last:
+            self._last = state
+            keys = ("peers", "training", "round", "val_loss", "tokens_per_s")
+            self._service.events.emit("swarm", **{key: swarm[key] for key in keys})
 
 
 class _Record:

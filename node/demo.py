@@ -26,39 +26,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from node.demo_settings import DEMO_HELDOUT_TOKENS, DEMO_MAX_CHARS, DEMO_MODEL, DEMO_SETTINGS, DemoOptions, settings_for
 from protocol.errors import UserError
 
-__all__ = ["DEMO_SETTINGS", "DemoOptions", "run_demo"]
+__all__ = ["run_demo"]
 
-DEMO_MODEL = "1m"
-DEMO_MAX_CHARS = 6_000_000
-DEMO_HELDOUT_TOKENS = 8192
-DEMO_SETTINGS = {
-    "inner.sequence_tokens": 128,
-    "inner.warmup_steps": 40,
-    "inner.min_sequences": 8,
-    "inner.max_sequences": 32,
-    "sync.inner_steps": 25,
-    "sync.round_target_s": 8.0,
-    "sync.exchange_timeout_s": 20.0,
-    "sync.snapshot_rounds": 2,
-    "safety.newcomer_weight": 1.0,  # all peers belong to whoever starts the demo
-}
 PROMPT = "def read_file(path):\n"
 START_TIMEOUT_S = 90.0
 ROUND_PATIENCE = 4.0
 """A demo is given up when it takes this many times its planned time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoOptions:
-    """See `llm-node demo --help`."""
-
-    peers: int
-    rounds: int
-    seed: int
-    folder: Path
-    memory: bool = False
 
 
 @dataclass
@@ -70,11 +46,6 @@ class Child:
     latest: dict[str, dict[str, Any]] = field(default_factory=dict)
     validation: list[float] = field(default_factory=list)
     averaged: int = 0
-
-
-def settings_for(options: DemoOptions) -> dict[str, Any]:
-    """Manifest settings of a demo run."""
-    return DEMO_SETTINGS | {"sync.total_rounds": options.rounds, "sync.decay_rounds": max(1, options.rounds // 4)}
 
 
 def run_demo(options: DemoOptions) -> dict[str, Any]:
@@ -122,9 +93,12 @@ class _Swarm:
             sample = self._command("generate", PROMPT, "--max-tokens=80", home)
             self._console.print("[bold]A sample of the trained model[/bold]")
             self._console.print(sample.strip(), markup=False, highlight=False)
-        result["replica_spread"] = _replica_spread([self._folder / f"peer-{n + 1}" for n in range(len(peers))])
+        # Imported only now: a coordinator of processes needs no torch while they run.
+        from node.demo_check import compare_with_transformers, replica_spread
+
+        result["replica_spread"] = replica_spread([self._folder / f"peer-{n + 1}" for n in range(len(peers))])
         result["checkpoint"] = str(exported)
-        result |= _compare_with_transformers(exported, self._folder / "peer-1")
+        result |= compare_with_transformers(exported, self._folder / "peer-1", PROMPT)
         result["total_seconds"] = round(time.monotonic() - started, 1)
         self._show(result)
         return result
@@ -268,48 +242,6 @@ def _swarm_table(peers: list[Child]) -> Table:
             peer.name, state, str(step.get("step", "")), str(step.get("loss", "")), held, str(peer.averaged), outcome
         )
     return table
-
-
-def _replica_spread(homes: list[Path]) -> float:
-    """Root mean square distance of the replicas' slow weights from their mean, relative to the weights' own RMS."""
-    import torch
-
-    from node.artifacts import load_trained
-    from node.home import Home
-
-    flats = [
-        torch.cat([p.detach().reshape(-1) for p in load_trained(Home.at(home), None).model.parameters()])
-        for home in homes
-    ]
-    return relative_spread(flats)
-
-
-def relative_spread(flats: list[Any]) -> float:
-    """Spread of replicas given as flat fp32 tensors [P] (see `_replica_spread`); 0 for a single one."""
-    import torch
-
-    stacked = torch.stack(flats)
-    mean = stacked.mean(dim=0)
-    return round(float((stacked - mean).pow(2).mean().sqrt() / mean.pow(2).mean().sqrt()), 5)
-
-
-def _compare_with_transformers(exported: Path, home: Path) -> dict[str, Any]:
-    """Load the exported folder with transformers, if it is installed, and compare logits with ours."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        return {"transformers_max_delta": None}
-    import torch
-
-    from node.artifacts import load_trained
-    from node.home import Home
-
-    ours = load_trained(Home.at(home), None)
-    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-    tokens = torch.tensor([ours.tokenizer.encode(PROMPT * 4)])
-    with torch.no_grad():
-        delta = (ours.model(tokens) - theirs(tokens).logits).abs().max()
-    return {"transformers_max_delta": float(delta)}
 
 
 def _llm_node() -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+import torch
 
 from node.compute import ThreadCompute
 from node.events import EventLog
@@ -76,12 +77,14 @@ async def join(
             runtime_dir=home.runtime,
             validator=validate_entry,
         )
+        events.emit("connecting")
         async with transport:
             signed = await _find_manifest(transport, home, options.peers, known)
             folder = _remember_run(home, signed, options.peers)
             events.write_to(folder / "events.jsonl")
             events.emit("listening", addresses=await transport.addresses())  # others can join through any peer
             check_memory(signed)
+            check_device(peer_options.device)
             compute = ThreadCompute()
             try:
                 peer = Peer(
@@ -176,3 +179,16 @@ def check_memory(signed: SignedManifest) -> None:
             f"training {signed.manifest.name} needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
             "are free; close other programs or join from a larger machine"
         )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use here.
+
+    Raises:
+        UserError: no such device.
+    """
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"cannot train on --device {device!r} ({reason}); use cpu, or a torch build for it") from None

@@ -23,6 +23,7 @@ ENDED_BY = {
     "checkpoint_saved": "checkpoint_failed",
     "disk_recovered": "disk_error",
     "swarm_reachable": "swarm_unreachable",
+    "company": "alone",
     "training": "waiting_for_data",
 }
 """Which event ends which lasting warning."""
@@ -112,7 +113,7 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     # rounds
     "validation": ("detail", "Round {round}: held-out loss {loss:.3f}"),
     "exchange": ("detail", _exchange),
-    "round_skipped": ("info", "Skips from round {own} to {swarm}, where the swarm is"),
+    "round_skipped": ("detail", "Skips from round {own} to {swarm}, where the swarm is"),
     "snapshot_published": ("detail", "Published the state of round {round} for joiners"),
     "snapshot_kept": ("detail", "Keeps a copy of the state of round {round} for joiners"),
     "snapshot_unavailable": ("detail", "Could not copy the state of round {round}: {reason}"),
@@ -121,18 +122,19 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     "blob_damaged": ("warning", "{reason}; fetching it from the swarm"),
     "prefetch_failed": ("detail", "Could not fetch data shard {shard}… ahead of round {round}: {reason}"),
     "snapshot_failed": ("warning", "Could not keep the state of round {round} for joiners: {reason}. Training goes on"),
-    "snapshot_refused": ("warning", "Refused to keep a peer's state of round {round}: {reason}"),
+    "snapshot_refused": ("detail", "Refused to keep a peer's state of round {round}: {reason}"),
     "state_refused": ("warning", "Refused a state of round {round}: {reason}"),
     "shard_unavailable": ("warning", _shard_unavailable),
     "checkpoint_damaged": ("warning", "A damaged checkpoint was passed over, the one before it is used ({reason})"),
     "checkpoint_failed": ("warning", "Training goes on unsaved: {reason}"),
+    "diverged": ("warning", "Round {round} diverged and was given up; training goes on from the slow weights"),
     "disk_error": ("warning", "Cannot write {path}: {reason}; free some space. Training goes on"),
     "disk_recovered": ("info", "Writes {path} again"),
     "swarm_unreachable": (
         "warning",
-        lambda f: (
-            f"The swarm has not been reachable for {duration(f['seconds'])} ({f['reason']}); training goes on alone"
-        ),
+        lambda f: f"The swarm has not been reachable for {duration(f['seconds'])} ({f['reason']}); goes on alone",
     ),
     "swarm_reachable": ("info", "The swarm is reachable again"),
+    "alone": ("warning", "No other node of the run has been heard of for a while; training goes on alone"),
+    "company": ("info", "Others are here again"),
 }

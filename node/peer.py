@@ -11,18 +11,15 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from averaging.averager import Averager
-from model.checkpoint import load_newest
-from model.checkpoint_writer import CheckpointWriter
 from model.data import Tokens
-from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 from node.bench import choose_sequences, choose_threads
 from node.catchup import MAX_RESUME_LAG, StateFetcher
+from node.checkpoints import Checkpoints, SavedState
 from node.compute import Compute
 from node.dataset import BatchSource, open_source
 from node.events import EventLog
@@ -32,7 +29,7 @@ from node.service import Service
 from node.snapshots import SnapshotKeeper
 from node.trainer import Trainer
 from protocol.blobs import BlobStore
-from protocol.errors import TransportError, UserError
+from protocol.errors import TransportError
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.publication import SignedManifest
@@ -106,7 +103,7 @@ class Peer:
     ) -> None:
         self.manifest = signed.manifest
         self._identity, self._transport, self._store, self._compute = identity, transport, store, compute
-        self._events, self._folder, self._options = events, folder, options
+        self._events, self._options = events, options
         self.progress = Progress(
             run=self.manifest.run_id,
             peer=identity.peer_id,
@@ -127,8 +124,8 @@ class Peer:
         self.trainer: Trainer | None = None
         self._loop: RoundLoop | None = None
         self._stopped = False
-        self._writer: CheckpointWriter | None = None
-        self._generation = 0
+        checkpoints = None if folder is None else folder / "checkpoints"
+        self._checkpoints = Checkpoints(checkpoints, compute=compute, events=events)
         self._keeper: SnapshotKeeper | None = None
 
     def stop(self) -> None:
@@ -209,7 +206,7 @@ class Peer:
         self._events.emit("measured", sequences_per_step=sequences, threads=threads)
         return sequences
 
-    async def _starting_state(self, trainer: Trainer) -> Any:
+    async def _starting_state(self, trainer: Trainer) -> int | None:
         """Own checkpoint, the swarm's state, or the initial weights. Returns the data cursor to resume from, if any."""
         fetcher = StateFetcher(
             trainer=trainer,
@@ -231,9 +228,9 @@ class Peer:
             publish=self._show_snapshots,
             own_loss=lambda: self.progress.val_loss,
         )
-        saved = await self._compute.run(self._load_checkpoint)
+        saved = await self._checkpoints.load()
         swarm_round = await fetcher.swarm_round()
-        if saved is not None and (swarm_round or 0) - int(saved[1]["round"]) <= MAX_RESUME_LAG:
+        if saved is not None and (swarm_round or 0) - saved.round <= MAX_RESUME_LAG:
             return await self._resume(trainer, saved)
         adopted = await fetcher.fetch()
         if adopted is not None:
@@ -245,39 +242,17 @@ class Peer:
             self._events.emit("initial_state", round=swarm_round)
         return None
 
-    async def _resume(self, trainer: Trainer, saved: tuple[dict[str, Any], dict[str, Any]]) -> Any:
-        await self._compute.run(self._restore, trainer, saved)
+    async def _resume(self, trainer: Trainer, saved: SavedState) -> int | None:
+        await self._checkpoints.restore(trainer, saved)
         self._events.emit("resumed", round=trainer.round, step=trainer.step_in_round, tokens=trainer.tokens)
-        return saved[1]["cursor"]
-
-    def _load_checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        if self._folder is None:
-            return None
-        try:
-            loaded = load_newest(self._folder / "checkpoints")
-        except CheckpointError as error:
-            raise UserError(str(error)) from None
-        if loaded is None:
-            return None
-        self._generation = loaded.generation
-        for damage in loaded.damage:
-            self._events.emit("checkpoint_damaged", reason=damage)
-        return loaded.tensors, loaded.meta
-
-    def _restore(self, trainer: Trainer, saved: tuple[dict[str, Any], dict[str, Any]]) -> None:
-        try:
-            trainer.restore(*saved)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"the checkpoint in {self._folder} does not fit this run ({error}); move it away to start afresh"
-            ) from None
+        return saved.cursor
 
     def _show_snapshots(self, held: list[SnapshotRef]) -> None:
         self.progress.snapshots = held
 
     # ---- training
 
-    async def _train(self, trainer: Trainer, source: BatchSource, sequences: int, cursor: Any) -> None:
+    async def _train(self, trainer: Trainer, source: BatchSource, sequences: int, cursor: int | None) -> None:
         averager = Averager(
             transport=self._transport,
             identity=self._identity,
@@ -289,8 +264,7 @@ class Peer:
             sequences=sequences, adapt=not self._options.sequences, max_rounds=self._options.max_rounds
         )
         async with contextlib.AsyncExitStack() as stack:
-            if self._folder is not None:
-                self._writer = stack.enter_context(CheckpointWriter(self._folder / "checkpoints"))
+            stack.enter_context(self._checkpoints.writing())
             await stack.enter_async_context(averager)
             self._loop = loop = RoundLoop(
                 self.manifest,
@@ -331,22 +305,6 @@ class Peer:
         return {p: r for p, r in records.items() if r.role == "trainer" and r.state == "training"}
 
     async def _save(self, *, final: bool) -> None:
-        """Hand the state to the background writer, which skips it while it is busy; the final one is always written."""
-        trainer, writer = self.trainer, self._writer
-        if writer is None or trainer is None:
-            return
-        if final:
-            await asyncio.to_thread(writer.flush)
+        assert self.trainer is not None
         batches = self._loop.batches if self._loop is not None else None
-        # One call, so that no step comes between reading the counters and copying the tensors.
-        if await self._compute.run(
-            lambda: writer.submit(*trainer.checkpoint(batches), generation=self._generation + 1)
-        ):
-            self._generation += 1
-        if final:
-            await asyncio.to_thread(writer.flush)
-        for result in writer.take_results():
-            if result.error is not None:
-                self._events.emit("checkpoint_failed", reason=str(result.error))
-            else:
-                self._events.emit("checkpoint_saved", bytes=result.num_bytes, seconds=round(result.seconds, 3))
+        await self._checkpoints.save(self.trainer, batches, final=final)

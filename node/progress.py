@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from protocol.transport import Traffic
 
 __all__ = ["Progress", "software_version"]
 
+MAX_LOSS = 1e6
+"""Largest loss that a record may hold."""
 SPEED_WINDOW = 16
 """Steps over which the speed is averaged."""
 
@@ -66,7 +69,10 @@ class Progress:
         self.tokens += tokens
         self.session_tokens += tokens
         # An exponential mean over a dozen steps: one batch's loss jumps about too much to be read.
-        self.train_loss = loss if self.train_loss is None else 0.9 * self.train_loss + 0.1 * loss
+        if not math.isfinite(loss):
+            self.train_loss = None
+        else:
+            self.train_loss = loss if self.train_loss is None else 0.9 * self.train_loss + 0.1 * loss
         self._steps.append((seconds, tokens))
 
     def count_exchange(self, note: ExchangeNote) -> None:
@@ -79,6 +85,8 @@ class Progress:
 
     def count_validation(self, loss: float, round: int) -> None:
         """The held-out loss was measured at the end of `round`."""
+        if not math.isfinite(loss):
+            return
         self.val_loss, self.val_round = loss, round
         if self.first_val_loss is None:
             self.first_val_loss = loss
@@ -117,8 +125,8 @@ class Progress:
             sequences_per_step=self.sequences_per_step,
             tokens=self.tokens,
             tokens_per_s=round(self.tokens_per_s, 1),
-            train_loss=self.train_loss,
-            val_loss=self.val_loss,
+            train_loss=_reportable(self.train_loss),
+            val_loss=_reportable(self.val_loss),
             val_round=self.val_round,
             eta_s=None if self.eta_s is None else round(self.eta_s, 1),
             sent_bytes=self.traffic.sent_bytes,
@@ -128,3 +136,8 @@ class Progress:
             recent=list(self.recent),
             snapshots=self.snapshots[-2:],
         )
+
+
+def _reportable(loss: float | None) -> float | None:
+    """The loss as a record can carry it; a training run that has diverged has none."""
+    return loss if loss is not None and 0.0 <= loss <= MAX_LOSS else None

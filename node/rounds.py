@@ -160,7 +160,10 @@ class RoundLoop:
         """Close the round and start its exchange; without overlap, or at the end of the run, wait for it."""
         finished = self._trainer.round
         next_round = await self._next_round()
+        divergences = self._trainer.num_divergences
         update = await self._compute.run(self._trainer.end_round, next_round)
+        if self._trainer.num_divergences > divergences:
+            self._events.emit("diverged", round=finished)
         self._progress.rounds_done += 1
         self._sync_progress()
         sync = self._manifest.sync

@@ -10,15 +10,18 @@ import asyncio
 import hashlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from model.export import export_huggingface
 from node.compute import VirtualCompute
-from node.demo import DEMO_HELDOUT_TOKENS, DEMO_MAX_CHARS, DEMO_MODEL, relative_spread, settings_for
+from node.demo_check import relative_spread
+from node.demo_settings import DEMO_HELDOUT_TOKENS, DEMO_MAX_CHARS, DEMO_MODEL, DemoOptions, settings_for
 from node.events import EventLog
 from node.peer import Peer, PeerOptions, Summary
 from node.publish import RunRequest, make_run
+from node.trainer import model_config
 from protocol.blobs import BlobStore
 from protocol.directory import validate_entry
 from protocol.identity import Identity
@@ -26,9 +29,6 @@ from protocol.manifest import Manifest
 from protocol.memory import LinkSpec, MemoryNetwork, MemoryTransport
 from protocol.publication import SignedManifest
 from protocol.virtual_time import run_virtual
-
-if TYPE_CHECKING:
-    from node.demo import DemoOptions
 
 __all__ = ["SEQUENCES", "run_simulated_demo", "run_swarm"]
 
@@ -104,9 +104,6 @@ async def run_swarm(
 
 
 def _export(peer: Peer, manifest: Manifest, store: BlobStore, folder: Path) -> Path:
-    from model.export import export_huggingface
-    from node.trainer import model_config
-
     assert peer.trainer is not None
     weights = peer.trainer.flat.views(peer.trainer.replica.phi)
     tokenizer = store.read(manifest.tokenizer_blob)

@@ -67,7 +67,7 @@ def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json:
             async def on_start(peer: Peer) -> None:
                 _on_signals(lambda: _leave(peer, this, log))
                 if not as_json:
-                    console.print("\n".join(run_lines(peer.manifest)), markup=False, highlight=False, soft_wrap=True)
+                    _print_lines(console, run_lines(peer.manifest))
                 if live is not None:
                     await stack.enter_async_context(live.showing(peer))
 
@@ -77,7 +77,12 @@ def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json:
     if as_json:
         log.emit("summary", **asdict(summary))
     else:
-        console.print("\n".join(summary_lines(summary)), highlight=False, soft_wrap=True)
+        _print_lines(console, summary_lines(summary))
+
+
+def _print_lines(console: Console, lines: list[str]) -> None:
+    """Wrapped between words in a terminal, not at all elsewhere."""
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _event_log() -> EventLog:

@@ -106,6 +106,8 @@ class Trainer:
         self.step_in_round = 0
         self.tokens_in_round = 0
         self.tokens = 0
+        self.num_divergences = 0
+        """Rounds that ended with weights that were not finite and were given up."""
 
     @property
     def total_steps(self) -> int:
@@ -133,12 +135,23 @@ class Trainer:
         return StepStats(loss=float(loss.detach()), tokens=tokens, seconds=time.perf_counter() - started)
 
     def end_round(self, next_round: int) -> Update:
-        """Close the round: what to send for it; the next step belongs to `next_round`."""
-        update = self.replica.pack(round=self.round, tokens=self.tokens_in_round)
+        """Close the round: what to send for it; the next step belongs to `next_round`. A round that diverged is given up: the
+        update then says that nothing changed."""
+        try:
+            update = self.replica.pack(round=self.round, tokens=self.tokens_in_round)
+        except FloatingPointError:
+            self._go_back()
+            update = self.replica.pack(round=self.round, tokens=1)
         self.round = next_round
         self.step_in_round = 0
         self.tokens_in_round = 0
         return update
+
+    def _go_back(self) -> None:
+        """The weights are not finite: return to the slow weights, which are, and forget the optimizer's state."""
+        self.num_divergences += 1
+        self.flat.theta.copy_(self.replica.phi)
+        self.optimizer = build_optimizer(self.model, self._inner)
 
     def apply(self, partners: Sequence[RemoteUpdate]) -> Outcome:
         """The outer step of the last closed round, alone when `partners` is empty."""

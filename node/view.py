@@ -52,7 +52,7 @@ def run_lines(manifest: Manifest) -> list[str]:
         f"Run {manifest.name}, signed by {manifest.organiser}",
         f"Model {count(model.num_parameters)} parameters, {layers}; data {data.kind}, {amount}",
         f"Training {sync.algorithm}, {sync.inner_steps} steps per round of about {duration(sync.round_target_s)}, {end}; "
-        f"run id {manifest.run_id[:12]}",
+        f"run {manifest.run_id[:8]}",
     ]
 
 
@@ -95,7 +95,7 @@ class PlainView:
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         message = describe(event, fields)
-        if message is not None:
+        if message is not None and event != "connecting":  # says nothing yet, and an error may follow
             _print_message(self._console, message)
 
 
@@ -132,20 +132,20 @@ class LiveView:
                     yield
                 finally:
                     drawing.cancel()
-            live.update(self.draw(peer), refresh=True)
+            live.update(self.draw(peer, hint=""), refresh=True)
 
     async def _redraw(self, live: Live, peer: Peer) -> None:
         while True:
             live.update(self.draw(peer), refresh=True)
             await asyncio.sleep(REFRESH_S)
 
-    def draw(self, peer: Peer) -> RenderableType:
+    def draw(self, peer: Peer, hint: str = "Ctrl-C leaves; joining again goes on from here") -> RenderableType:
         """The panel as of now."""
-        warnings = [Text(f"! {message.text}", style="yellow") for message in self._lasting.values()]
-        hint = "Ctrl-C leaves; joining again goes on from here"
-        if peer.progress.state == "leaving":
-            hint = "Leaving"
-        return Group(Text(), self._figures(peer), *warnings, Text(hint, style="dim"))
+        parts: list[RenderableType] = [Text(), self._figures(peer)]
+        parts += [Text(f"! {message.text}", style="yellow") for message in self._lasting.values()]
+        if hint:
+            parts.append(Text("Leaving" if peer.progress.state == "leaving" else hint, style="dim"))
+        return Group(*parts)
 
     def _figures(self, peer: Peer) -> RenderableType:
         progress, traffic = peer.progress, peer.progress.traffic
@@ -203,7 +203,7 @@ class BootstrapView:
             self._live.update(Text(message.text, no_wrap=True, overflow="ellipsis"), refresh=True)
         elif event == "web_page":
             self._say(f"Status page {fields['url']}")
-        elif message is not None:
+        elif message is not None and event not in ("alone", "company"):  # a bootstrap node may well be alone
             _print_message(self._console, message)
 
     def _say(self, line: str) -> None:
@@ -211,12 +211,17 @@ class BootstrapView:
 
 
 def _print_message(console: Console, message: Message) -> None:
-    line = Text(f"{time.strftime('%H:%M:%S')} ", style="dim")
+    """Beside the time; in a terminal, wrapped between words and indented."""
+    text, style = message.text, ""
     if message.level == "warning":
-        line.append(f"warning: {message.text}", style="not dim yellow")
+        text, style = f"warning: {text}", "yellow"
+    clock = Text(time.strftime("%H:%M:%S"), style="dim")
+    if console.is_terminal:
+        line = Table.grid(padding=(0, 1))
+        line.add_row(clock, Text(text, style=style))
+        console.print(line)
     else:
-        line.append(message.text, style="" if message.level == "detail" else "not dim")
-    console.print(line, soft_wrap=True)
+        console.print(Text.assemble(clock, " ", text), soft_wrap=True)
 
 
 def _rows(rows: list[tuple[str, RenderableType]]) -> Table:

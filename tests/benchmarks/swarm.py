@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from node.demo import DemoOptions, run_demo
+from node.demo import run_demo
+from node.demo_settings import DemoOptions
 
 __all__ = ["main"]
 

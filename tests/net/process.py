@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["ROOT", "NodeProcess", "command_line", "environment"]
+__all__ = ["ROOT", "Event", "NodeProcess", "command_line", "environment", "has_averaged"]
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 45.0
@@ -32,6 +32,11 @@ def command_line(*arguments: str) -> list[str]:
 def environment(temporary: Path) -> dict[str, str]:
     """One thread per process, and sockets below `temporary`, whose path must be short."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)}
+
+
+def has_averaged(exchange: Event) -> bool:
+    """Whether an `exchange` event tells of an average taken."""
+    return exchange["outcome"] in ("averaged", "clipped")
 
 
 class NodeProcess:
@@ -115,14 +120,9 @@ class NodeProcess:
         with self._changed:
             return len(self.events)
 
-    def wait_for_averaging(self, count: int = 1, *, since: int = 0, partner: str | None = None) -> Event:
-        """Wait until that many exchanges have ended with an average, with `partner` or anybody."""
-        return self.wait_for(
-            "exchange",
-            lambda e: e["outcome"] in ("averaged", "clipped") and partner in (None, e["partner"]),
-            since=since,
-            count=count,
-        )
+    def wait_for_averaging(self, count: int = 1, *, since: int = 0) -> Event:
+        """Wait until that many exchanges have ended with an average."""
+        return self.wait_for("exchange", has_averaged, since=since, count=count)
 
     @property
     def address(self) -> str:
@@ -165,7 +165,7 @@ class NodeProcess:
         """SIGKILL, and wait for the end; does nothing to a process that has ended."""
         self.process.kill()
         self.process.wait()
-        self._reader.join()
+        self._close()
 
     def interrupt(self) -> float:
         """Ctrl-C.
@@ -177,5 +177,11 @@ class NodeProcess:
         self.process.send_signal(signal.SIGINT)
         self.process.wait(START_TIMEOUT_S)
         seconds = time.monotonic() - started_s
-        self._reader.join()
+        self._close()
         return seconds
+
+    def _close(self) -> None:
+        """Read to the end of what the ended process wrote."""
+        assert self.process.stdout is not None
+        self._reader.join()
+        self.process.stdout.close()

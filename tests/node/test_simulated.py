@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from node.compute import VirtualCompute
-from node.demo import relative_spread
+from node.demo_check import relative_spread
 from node.events import EventLog
 from node.peer import Peer, PeerOptions, Summary
 from node.simulated import run_swarm
