@@ -113,7 +113,10 @@ def load_trained(home: Home, run: str | None) -> TrainedModel:
     model = Transformer(model_config(manifest))
     flat = FlatParameters(model)
     with torch.no_grad():
-        flat.theta.copy_(loaded.tensors["replica.phi"])
+        phi = loaded.tensors.get("replica.phi")
+        if phi is None or phi.shape != flat.theta.shape:
+            raise UserError(f"the checkpoint in {folder} does not fit run {manifest.name}; move it away and join again")
+        flat.theta.copy_(phi)
     model.eval()
     return TrainedModel(
         manifest=manifest,

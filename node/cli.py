@@ -86,6 +86,8 @@ def init(
     place = Home.at(home)
     if manifest.exists() and not force:
         raise UserError(f"{manifest} exists already; choose another file or add --force")
+    if not manifest.absolute().parent.is_dir():
+        raise UserError(f"cannot write {manifest}: there is no such folder; make it or choose another file")
     request = RunRequest(
         name=name,
         organiser=Identity.load_or_create(place.identity).peer_id,

@@ -84,7 +84,7 @@ class Progress:
             self.exchanges_failed += 1
 
     def count_validation(self, loss: float, round: int) -> None:
-        """The held-out loss was measured at the end of `round`."""
+        """The held-out loss was measured after `round` rounds."""
         if not math.isfinite(loss):
             return
         self.val_loss, self.val_round = loss, round

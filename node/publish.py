@@ -43,6 +43,7 @@ SHARD_TOKENS = 1 << 19
 TOKENIZER_SAMPLE_CHARS = 4 << 20
 LEARNING_RATES = {"1m": 3e-3, "3m": 3e-3, "10m": 2e-3, "25m": 1e-3, "50m": 1e-3, "100m": 6e-4, "300m": 4e-4}
 DEFAULT_LEARNING_RATE = 3e-4
+NO_HASH = "0" * 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,40 +74,49 @@ def make_run(request: RunRequest, store: BlobStore) -> Manifest:
     Raises:
         UserError: unknown preset, unusable data, or settings that contradict each other.
     """
+    draft = _draft(request)
+    texts = list(_texts(request))
+    tokenizer_json = train_tokenizer(sample_texts(texts, TOKENIZER_SAMPLE_CHARS), draft.model.vocab_size)
+    tokenizer = Tokenizer(tokenizer_json)
+    data = _store_data(request, draft.data.kind, texts, tokenizer, store)
+    # Little text gives fewer tokens than asked for.
+    model = draft.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    blob = TokenizerSpec(blob=store.put(tokenizer_json))
+    return with_initial_state(draft.model_copy(update={"model": model, "tokenizer": blob, "data": data}))
+
+
+def _draft(request: RunRequest) -> Manifest:
+    """The manifest with nothing in the place of its hashes: whatever is wrong with the settings shows here, before any work."""
     if request.model not in PRESETS:
         raise UserError(f"no model preset {request.model!r}; choose one of {', '.join(PRESETS)}")
-    overrides = dict(request.overrides or {})
-    preset = PRESETS[request.model]
-    vocab_size = int(overrides.pop("model.vocab_size", preset.vocab_size))
-    texts = list(_texts(request))
-    tokenizer_json = train_tokenizer(sample_texts(texts, TOKENIZER_SAMPLE_CHARS), vocab_size)
-    tokenizer = Tokenizer(tokenizer_json)
+    overrides, preset = dict(request.overrides or {}), PRESETS[request.model]
+    fields = {name: getattr(preset, name) for name in ModelSpec.model_fields}
     kind: Literal["files", "stdlib", "local"] = "files"
     if request.data in ("stdlib", "local"):
         kind = "stdlib" if request.data == "stdlib" else "local"
-    data = _store_data(request, kind, texts, tokenizer, store)
-    fields = {name: getattr(preset, name) for name in ModelSpec.model_fields}
-    fields["vocab_size"] = tokenizer.vocab_size
     try:
-        model = ModelSpec(**{**fields, **_section(overrides, "model")})
+        model = ModelSpec(**fields | _section(overrides, "model"))
         sequence_tokens = min(model.max_sequence_tokens, 1024)
         inner = {"lr": LEARNING_RATES.get(request.model, DEFAULT_LEARNING_RATE), "sequence_tokens": sequence_tokens}
-        manifest = Manifest(
+        index = None if kind == "local" else NO_HASH
+        draft = Manifest(
             name=request.name,
             organiser=request.organiser,
             model=model,
-            tokenizer=TokenizerSpec(blob=store.put(tokenizer_json)),
-            data=data,
-            inner=InnerSpec(**{**inner, **_section(overrides, "inner")}),
+            tokenizer=TokenizerSpec(blob=NO_HASH),
+            data=DataSpec(
+                kind=kind, index=index, heldout=NO_HASH, heldout_tokens=request.heldout_tokens, train_tokens=0
+            ),
+            inner=InnerSpec(**inner | _section(overrides, "inner")),
             sync=SyncSpec(**_section(overrides, "sync")),
             safety=SafetySpec(**_section(overrides, "safety")),
-            initial_state=InitialStateSpec(seed=request.seed, sha256="0" * 64),
+            initial_state=InitialStateSpec(seed=request.seed, sha256=NO_HASH),
         )
     except ValidationError as error:
         raise _user_error(error) from None
     if overrides:
         raise UserError(f"unknown setting {next(iter(overrides))!r}; settings are named like sync.alpha or inner.lr")
-    return with_initial_state(manifest)
+    return draft
 
 
 def with_initial_state(manifest: Manifest) -> Manifest:
@@ -170,5 +180,6 @@ def _section(overrides: dict[str, Any], section: str) -> dict[str, Any]:
 
 def _user_error(error: ValidationError) -> UserError:
     problem = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return UserError(f"setting {where or error.title}: {problem['msg'].removeprefix('Value error, ')}")
+    section = [] if error.title == "Manifest" else [error.title.removesuffix("Spec").lower()]
+    where = ".".join([*section, *map(str, problem["loc"])])
+    return UserError(f"setting {where}: {problem['msg'].removeprefix('Value error, ')}".replace("setting : ", ""))

@@ -16,6 +16,7 @@ import hashlib
 import statistics
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from averaging.averager import Averager, ExchangeResult
 from averaging.replica import Outcome
@@ -32,6 +33,8 @@ from protocol.manifest import Manifest
 from protocol.records import ExchangeNote
 
 __all__ = ["RoundLoop", "RoundSettings", "sequences_for"]
+
+T = TypeVar("T")
 
 DEADLINE_SHARE = 0.9
 """An overlapped exchange may take this share of a round, so that it is over before the next one starts."""
@@ -100,13 +103,25 @@ class RoundLoop:
         async with asyncio.TaskGroup() as tasks:
             while not self._stopping.is_set() and not self._finished(total):
                 prefetch = tasks.create_task(self._prefetch())
-                pending = await self._inner_steps(pending)
-                await prefetch
+                await self._inner_steps(tasks, pending)
+                await self._unless_stopped(prefetch)
                 if self._stopping.is_set():
                     break
                 pending = await self._exchange(tasks)
-            if pending is not None and not pending.done():
+            if pending is not None:
                 pending.cancel()
+
+    async def _unless_stopped(self, task: asyncio.Task[T]) -> T | None:
+        """Wait for a task that depends on the network; None, and the task cancelled, when the owner leaves first."""
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        return None
 
     async def _prefetch(self) -> None:
         await self._source.prefetch(self._trainer.round + 1)
@@ -121,25 +136,24 @@ class RoundLoop:
 
     # ---- inner steps
 
-    async def _inner_steps(self, pending: asyncio.Task[None] | None) -> asyncio.Task[None] | None:
-        """The rest of the current round. Applies the pending exchange between two steps as soon as it has ended."""
-        self.batches = await self._source.batches(self._trainer.round)
+    async def _inner_steps(self, tasks: asyncio.TaskGroup, pending: asyncio.Task[None] | None) -> None:
+        """The rest of the current round, and the end of the exchange of the last one, which applies between two steps."""
+        batches = await self._unless_stopped(tasks.create_task(self._source.batches(self._trainer.round)))
+        if batches is None:
+            return
+        self.batches = batches
         if self._resumed_cursor is not None:
             self.batches.cursor, self._resumed_cursor = self._resumed_cursor, None
         loop = asyncio.get_running_loop()
         started, first = loop.time(), self._trainer.step_in_round
         while self._trainer.step_in_round < self._manifest.sync.inner_steps and not self._stopping.is_set():
-            stats = await self._compute.run(self._trainer.step, self.batches, self._progress.sequences_per_step)
+            stats = await self._compute.run(self._trainer.step, batches, self._progress.sequences_per_step)
             self._count_step(stats)
-            if pending is not None and pending.done():
-                pending = None
-        if pending is not None and not self._stopping.is_set():
-            await pending
-            pending = None
+        if pending is not None:
+            await self._unless_stopped(pending)
         steps = self._trainer.step_in_round - first
         if steps:
             self._resize((loop.time() - started) * self._manifest.sync.inner_steps / steps)
-        return pending
 
     def _count_step(self, stats: StepStats) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -175,7 +189,7 @@ class RoundLoop:
         exchange = tasks.create_task(self._average(update, finished, limit_s))
         if overlapped:
             return exchange
-        await exchange
+        await self._unless_stopped(exchange)
         return None
 
     async def _next_round(self) -> int:
@@ -214,8 +228,8 @@ class RoundLoop:
         for result in results:
             self._note(result, outcome, finished)
         loss = await self._compute.run(self._trainer.evaluate)
-        self._progress.count_validation(loss, finished)
-        self._events.emit("validation", round=finished, loss=round(loss, 4))
+        self._progress.count_validation(loss, finished + 1)
+        self._events.emit("validation", round=finished + 1, loss=round(loss, 4))
         await self._after_round(finished)
 
     def _note(self, result: ExchangeResult, outcome: Outcome, finished: int) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,27 +39,25 @@ EXPECTED = (LlmNodeError, DataError, CheckpointError)
 def run_bootstrap(home: Home, manifest: Path, options: CoordinatorOptions, *, as_json: bool) -> None:
     """Serve a run until a signal comes."""
     console = Console()
-    log = _event_log()
     view = BootstrapView(console)
-    log.listen(JsonView(console) if as_json else view)
 
-    async def main() -> None:
+    async def main(log: EventLog) -> None:
         stopping = asyncio.Event()
         _on_signals(stopping.set)
         with contextlib.nullcontext() if as_json else view:
             await coordinate(home, manifest, options, events=log, stopping=stopping)
 
-    _run(main())
+    with _event_log() as log:
+        log.listen(JsonView(console) if as_json else view)
+        _run(main(log))
 
 
 def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json: bool) -> None:
     """Take part in a run until it ends or a signal comes, and say farewell."""
     console = Console()
-    log = _event_log()
     live = LiveView(console) if console.is_terminal and not as_json else None
-    log.listen(JsonView(console) if as_json else live or PlainView(console))
 
-    async def main() -> Summary:
+    async def main(log: EventLog) -> Summary:
         this = asyncio.current_task()
         assert this is not None
         async with contextlib.AsyncExitStack() as stack:
@@ -73,11 +71,13 @@ def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json:
 
             return await join(home, network, options, events=log, on_start=on_start)
 
-    summary = _run(main())
-    if as_json:
-        log.emit("summary", **asdict(summary))
-    else:
-        _print_lines(console, summary_lines(summary))
+    with _event_log() as log:
+        log.listen(JsonView(console) if as_json else live or PlainView(console))
+        summary = _run(main(log))
+        if as_json:
+            log.emit("summary", **asdict(summary))
+        else:
+            _print_lines(console, summary_lines(summary))
 
 
 def _print_lines(console: Console, lines: list[str]) -> None:
@@ -85,11 +85,16 @@ def _print_lines(console: Console, lines: list[str]) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def _event_log() -> EventLog:
+@contextlib.contextmanager
+def _event_log() -> Iterator[EventLog]:
     """An event log that also takes what is logged by `logging`, which would otherwise end up on standard error."""
     log = EventLog()
-    logging.getLogger().addHandler(LogToEvents(log))
-    return log
+    handler = LogToEvents(log)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield log
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _leave(peer: Peer, joining: asyncio.Task[Any], log: EventLog) -> None:

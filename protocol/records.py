@@ -76,7 +76,7 @@ class PeerRecord(_Strict):
     tokens_per_s: Annotated[float, Field(ge=0.0, le=1e12)] = 0.0
     train_loss: Loss | None = None
     val_loss: Loss | None = None
-    """Loss on the held-out set at the end of round `val_round`, nats per token."""
+    """Loss on the held-out set after `val_round` rounds (0: before the first), nats per token."""
     val_round: Count | None = None
     eta_s: Annotated[float, Field(ge=0.0, le=1e9)] | None = None
     """Expected seconds to the end of the round."""

@@ -76,17 +76,17 @@ def frame(payload: bytes) -> bytes:
 BOMBS = {
     "frame of 4 GiB": b"\xff\xff\xff\xff",
     "frame just beyond the limit": ((1 << 16) + 1).to_bytes(4),
-    "38 bytes that claim 10 GB": frame(b"\x81\xa7payload\xc6" + b"\xff" * 4 + bytes(21)),
+    "38 bytes that claim 10 GB": frame(b"\x81\xa7payload\xc6" + b"\xff" * 4 + bytes(20)),
     "map of 4 G": frame(b"\xdf" + b"\xff" * 4 + bytes(30)),
     "300 nested extensions": frame(bomb(300)),
 }
 
 
 async def ends(stream: Stream) -> bool:
-    """Whether the other side closes the stream, having sent nothing."""
+    """Whether the other side closes the stream, having sent a short answer at most."""
     try:
         async with asyncio.timeout(10):
-            await stream.read_exactly(1)
+            await stream.read_exactly(1024)
     except TransportError:
         return True
     return False
@@ -95,7 +95,7 @@ async def ends(stream: Stream) -> bool:
 async def test_bombs_in_the_exchange(swarm: Swarm, tmp_path: Path) -> None:
     assert len(BOMBS["38 bytes that claim 10 GB"]) == 38
     bootstrap = await asyncio.to_thread(swarm.bootstrap)
-    victim, partner = (await asyncio.to_thread(swarm.only, 2))
+    victim, partner = await asyncio.to_thread(swarm.only, 2)
     run = RunId(bootstrap.wait_for("serving")["run"])
     async with stranger(tmp_path, swarm, victim) as attacker:
         peer, transport = PeerId(attacker.target), attacker.transport

@@ -24,7 +24,6 @@ def refusal(swarm: Swarm, *arguments: str) -> str:
     """Run a command that must fail, and return its one line."""
     done = swarm.command(*arguments)
     assert done.returncode == 1, (done.stdout, done.stderr)
-    assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("llm-node: ")
@@ -39,17 +38,10 @@ def test_an_unreachable_peer(swarm: Swarm, tmp_path: Path) -> None:
     assert address in refusal(swarm, "status", f"--peer={address}")
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "nonsense",
-        "127.0.0.1:4001",
-        f"/ip4/127.0.0.1/tcp/99999/p2p/{STRANGER}",
-        "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWshort",
-    ],
-)
+@pytest.mark.parametrize("address", ["nonsense", f"/ip4/127.0.0.1/tcp/99999/p2p/{STRANGER}"])
 def test_a_malformed_peer(swarm: Swarm, tmp_path: Path, address: str) -> None:
     assert "address" in refusal(swarm, "join", f"--peer={address}", LISTEN, f"--home={tmp_path}")
+    assert "address" in refusal(swarm, "status", f"--peer={address}")
     assert not (tmp_path / "blobs").exists()
 
 

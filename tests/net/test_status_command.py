@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -12,7 +13,7 @@ from tests.net.swarm import Swarm, peer_in
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
 
-FORBIDDEN = {"torch", "hivemind", "numpy", "model", "averaging", "kernels"}
+FORBIDDEN = {"torch", "hivemind", "numpy", "tokenizers", "safetensors", "averaging", "kernels"}
 """Top-level packages that would make the command slow, or that cannot share a process with py-libp2p."""
 
 
@@ -26,8 +27,7 @@ def imported(trace: str) -> set[str]:
 def test_status_asks_any_node(
     swarm: Swarm,
     role: Literal["bootstrap", "trainer"],
-    record_property: pytest.RecordProperty,
-    capsys: pytest.CaptureFixture[str],
+    measured: Callable[[str, float], None],
 ) -> None:
     bootstrap = swarm.bootstrap()
     trainers = swarm.trainers(2)
@@ -45,9 +45,7 @@ def test_status_asks_any_node(
         shown = peer_in(document, node.peer_id)
         assert shown is not None
         assert (shown["name"], shown["state"]) == (node.name, "training")
-    record_property("status_s", round(seconds, 2))
-    with capsys.disabled():
-        print(f"\nstatus of a {role}: {seconds:.2f} s", end="")
+    measured(f"status of a {role}", seconds)
 
 
 def test_status_imports_neither_torch_nor_hivemind(swarm: Swarm) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_the_sequence_grows_strictly_whatever_the_clock_does(
     monkeypatch.setattr(time, "time_ns", lambda: int(clock(next(ticks)) * 1e9))
     own = progress()
     sequences = [own.record([]).sequence for _ in range(50)]
-    assert all(later > earlier for earlier, later in zip(sequences, sequences[1:], strict=False))
+    assert all(later > earlier for earlier, later in pairwise(sequences))
 
 
 def test_the_sequence_goes_on_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:

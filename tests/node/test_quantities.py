@@ -9,7 +9,15 @@ from node.quantities import count, duration, size
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (9999, "9,999"), (9999.6, "10.0k"), (12_345, "12.3k"), (999_499, "999k"), (999_600, "1.00M"), (3.2e15, "3,200T")],
+    [
+        (0, "0"),
+        (9999, "9,999"),
+        (9999.6, "10.0k"),
+        (12_345, "12.3k"),
+        (999_499, "999k"),
+        (999_600, "1.00M"),
+        (3.2e15, "3,200T"),
+    ],
 )
 def test_count(number: float, text: str) -> None:
     assert count(number) == text

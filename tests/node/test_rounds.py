@@ -38,7 +38,9 @@ def test_a_pause_of_the_machine_costs_at_most_half_of_the_batch() -> None:
     assert sequences_for(limited(), now=8, round_s=1e6) == 8 / RESIZE_LIMIT
 
 
-@pytest.mark.parametrize(("now", "round_s", "expected"), [(12, 10.0, 16), (5, 600.0, 4), (1, 600.0, 4), (40, TARGET_S, 16)])
+@pytest.mark.parametrize(
+    ("now", "round_s", "expected"), [(12, 10.0, 16), (5, 600.0, 4), (1, 600.0, 4), (40, TARGET_S, 16)]
+)
 def test_the_manifest_limits_hold(now: int, round_s: float, expected: int) -> None:
     assert sequences_for(limited(4, 16), now=now, round_s=round_s) == expected
 

@@ -1,0 +1,85 @@
+"""Where torch runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+from node.compute import NICENESS, ThreadCompute, VirtualCompute
+from protocol.virtual_time import run_virtual
+
+
+async def test_calls_run_one_after_another_on_one_thread_beside_the_loop() -> None:
+    compute = ThreadCompute()
+    running = 0
+    threads = set()
+
+    def work(number: int, *, twice: bool) -> int:
+        nonlocal running
+        running += 1
+        assert running == 1
+        threads.add(threading.get_ident())
+        time.sleep(0.001)
+        running -= 1
+        return 2 * number if twice else number
+
+    results = await asyncio.gather(*(compute.run(work, number, twice=True) for number in range(20)))
+    assert results == [2 * number for number in range(20)]
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    compute.close()
+
+
+async def test_errors_come_back_to_the_caller() -> None:
+    compute = ThreadCompute()
+    with pytest.raises(ZeroDivisionError):
+        await compute.run(lambda: 1 // 0)
+    assert await compute.run(lambda: 1) == 1, "and the next call works"
+    compute.close()
+
+
+async def test_cancelling_does_not_break_the_call_in_progress() -> None:
+    compute = ThreadCompute()
+    begun, proceed = threading.Event(), threading.Event()
+    ended = []
+
+    def work() -> None:
+        begun.set()
+        proceed.wait(10)
+        ended.append(True)
+
+    task = asyncio.create_task(compute.run(work))
+    await asyncio.to_thread(begun.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    proceed.set()
+    await asyncio.to_thread(compute.close)
+    assert ended == [True], "close waits for it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority per thread")
+async def test_the_thread_yields_to_everything_else() -> None:
+    compute = ThreadCompute()
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    other = await compute.run(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    assert other >= min(19, max(own, NICENESS))
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+    compute.close()
+
+
+def test_virtual_calls_take_virtual_time() -> None:
+    async def story() -> float:
+        compute = VirtualCompute(seconds_per_call=100.0)
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        assert await compute.run(lambda: "done") == "done"
+        compute.close()
+        return loop.time() - began_s
+
+    assert run_virtual(story()) == pytest.approx(100.0)

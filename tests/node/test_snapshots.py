@@ -1,0 +1,272 @@
+"""Who publishes, who keeps copies, and what nobody keeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from model.weights import encode_weights
+from node.compute import VirtualCompute
+from node.snapshots import NUM_KEEPERS, NUM_KEPT, SnapshotKeeper, order_for_epoch
+from node.trainer import Trainer
+from protocol.errors import UserError
+from protocol.ids import BlobId, RunId
+from protocol.records import SnapshotRef
+from protocol.virtual_time import run_virtual
+from tests.node.swarm import Node, listening, neighbourhood, reference, trainers
+from tests.protocol.samples import RUN, identity
+
+LOTTERY = RunId(RUN)
+EVERY = 4
+ROUND = 8
+PEERS = [identity(number).peer_id for number in range(12)]
+
+
+# ---- the lot
+
+
+def test_the_lot_is_the_same_for_all_and_fair() -> None:
+    run = LOTTERY
+    order = order_for_epoch(run, 1, PEERS)
+    assert order == order_for_epoch(run, 1, reversed(PEERS))
+    assert sorted(order) == sorted(PEERS)
+    firsts = Counter(order_for_epoch(run, epoch, PEERS)[0] for epoch in range(1200))
+    assert set(firsts) == set(PEERS)
+    assert max(firsts.values()) < 2 * 100, "each about 100 times"
+
+
+def test_one_who_leaves_changes_nothing_but_his_own_place() -> None:
+    order = order_for_epoch(LOTTERY, 5, PEERS)
+    gone = order[3]
+    assert order_for_epoch(LOTTERY, 5, [p for p in PEERS if p != gone]) == [p for p in order if p != gone]
+
+
+# ---- a keeper among others
+
+
+class Scene:
+    """Node 0 keeps snapshots; the others are records and blob servers."""
+
+    def __init__(self, trainer: Trainer, nodes: list[Node], *, own_loss: float | None = None) -> None:
+        self.trainer, self.nodes = trainer, nodes
+        trainer.round = ROUND
+        self.events, self.heard = listening()
+        self.shown: list[SnapshotRef] = []
+        self.keeper = SnapshotKeeper(
+            run=trainer.manifest.run_id,
+            peer=nodes[0].peer,
+            every_rounds=EVERY,
+            trainer=trainer,
+            compute=VirtualCompute(seconds_per_call=0.1),
+            store=nodes[0].store,
+            transport=nodes[0].transport,
+            events=self.events,
+            publish=self._show,
+            own_loss=lambda: trainer.evaluate() if own_loss is None else own_loss,
+        )
+
+    def _show(self, held: list[SnapshotRef]) -> None:
+        self.shown = held
+
+    def offer(self, *numbers: int, round: int, factor: float = 1.01, data: bytes | None = None) -> SnapshotRef:
+        """A snapshot in the stores of these nodes."""
+        weights = {name: view * factor for name, view in self.trainer.flat.views(self.trainer.replica.phi).items()}
+        return reference(round, encode_weights(weights) if data is None else data, *(self.nodes[n] for n in numbers))
+
+    async def keep(self, offers: dict[int, list[SnapshotRef]], *, round: int = ROUND) -> None:
+        """One look at what the others show."""
+        await self.keeper.keep_copies(trainers(offers, round=round))
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.heard]
+
+    @property
+    def blobs(self) -> set[str]:
+        """What lies in the keeper's store."""
+        return set(self.nodes[0].store.blobs())
+
+
+def keepers_of(trainer: Trainer, epoch: int, numbers: range) -> set[int]:
+    """The numbers of the peers that the lot makes keepers."""
+    peers = {identity(number).peer_id: number for number in numbers}
+    return {peers[peer] for peer in order_for_epoch(trainer.manifest.run_id, epoch, list(peers))[:NUM_KEEPERS]}
+
+
+def test_only_the_first_by_lot_publishes(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 1) as nodes:
+            scene = Scene(trainer, nodes)
+            live = trainers({1: [], 2: []})
+            published: list[int] = []
+            for round in range(1, 81):
+                trainer.replica.phi.mul_(1.001)  # else all are one blob
+                await scene.keeper.after_round(round, live)
+                if scene.names()[len(published) :]:
+                    published.append(round)
+            run, own = trainer.manifest.run_id, nodes[0].peer
+            mine = [r for r in range(EVERY, 81, EVERY) if order_for_epoch(run, r // EVERY, [own, *live])[0] == own]
+            assert published == mine
+            assert 1 <= len(mine) < 20
+            assert [ref.round for ref in scene.shown] == mine[-NUM_KEPT:]
+
+    run_virtual(story())
+
+
+def test_only_the_newest_are_kept(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 1) as nodes:
+            scene = Scene(trainer, nodes)
+            for round in (4, 8, 12, 16):
+                trainer.replica.phi.mul_(1.001)
+                await scene.keeper.after_round(round, {})
+            assert [ref.round for ref in scene.keeper.held] == [12, 16]
+            assert scene.shown == scene.keeper.held
+            assert scene.blobs == {ref.root for ref in scene.keeper.held}
+            assert len(scene.blobs) == NUM_KEPT
+
+    run_virtual(story())
+
+
+def test_keepers_are_chosen_by_lot(trainer: Trainer, tmp_path: Path) -> None:
+    """Among eight peers, node 0 copies exactly those snapshots for which it is among the first by lot."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 8) as nodes:
+            kept = []
+            epochs = range(2, 12)
+            for epoch in epochs:
+                scene = Scene(trainer, nodes)
+                publisher = next(iter(keepers_of(trainer, epoch, range(8)) - {0}))
+                ref = scene.offer(publisher, round=EVERY * epoch, factor=1.0 + epoch / 1000)
+                await scene.keep({n: [ref] if n == publisher else [] for n in range(1, 8)}, round=EVERY * epoch)
+                if scene.keeper.held:
+                    kept.append(epoch)
+            assert kept == [epoch for epoch in epochs if 0 in keepers_of(trainer, epoch, range(8))]
+            assert 0 < len(kept) < len(epochs)
+
+    run_virtual(story())
+
+
+def test_who_is_no_keeper_is_not_listened_to(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 8) as nodes:
+            scene = Scene(trainer, nodes)
+            epoch = next(e for e in range(2, 50) if 0 in keepers_of(trainer, e, range(8)))
+            outsider = next(n for n in range(1, 8) if n not in keepers_of(trainer, epoch, range(8)))
+            ref = scene.offer(outsider, round=EVERY * epoch)
+            await scene.keep({n: [ref] if n == outsider else [] for n in range(1, 8)}, round=EVERY * epoch)
+            assert scene.keeper.held == []
+            assert scene.blobs == set()
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize(
+    ("factor", "data"), [(30.0, None), (1.0, b"garbage"), (float("nan"), None)], ids=["bad loss", "garbage", "nan"]
+)
+def test_a_bad_snapshot_is_refused_and_removed(
+    trainer: Trainer, tmp_path: Path, factor: float, data: bytes | None
+) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 3) as nodes:
+            scene = Scene(trainer, nodes)
+            bad = scene.offer(1, round=ROUND, factor=factor, data=data)
+            good = scene.offer(2, round=ROUND - EVERY)
+            await scene.keep({1: [bad], 2: [good]})
+            assert scene.names() == ["snapshot_refused", "snapshot_kept"], "and the next one is looked at"
+            assert scene.shown == [good]
+            assert scene.blobs == {good.root}
+            scene.heard.clear()
+            await scene.keep({1: [bad], 2: [good]})
+            assert scene.heard == [], "it is not fetched a second time"
+
+    run_virtual(story())
+
+
+def test_who_showed_a_bad_one_is_heard_again_with_the_next(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 2) as nodes:
+            scene = Scene(trainer, nodes)
+            bad = scene.offer(1, round=ROUND, factor=30.0)
+            again = scene.offer(1, round=ROUND, factor=31.0)
+            await scene.keep({1: [bad]})
+            await scene.keep({1: [again]})
+            assert scene.names() == ["snapshot_refused"], "one check per peer and round of snapshots"
+            good = scene.offer(1, round=ROUND + EVERY)
+            await scene.keep({1: [good]}, round=ROUND + EVERY)
+            assert scene.shown == [good]
+
+    run_virtual(story())
+
+
+def test_a_round_that_nobody_can_have_reached_is_not_kept(trainer: Trainer, tmp_path: Path) -> None:
+    """Otherwise a copy of an honest state under an absurd round would block all later ones, and send joiners astray."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 4) as nodes:
+            scene = Scene(trainer, nodes)
+            absurd = scene.offer(1, round=2**60)
+            good = scene.offer(2, round=ROUND)
+            await scene.keep({1: [absurd], 2: [good], 3: []})
+            assert scene.shown == [good]
+
+    run_virtual(story())
+
+
+def test_one_that_cannot_be_had_does_not_block_the_others(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 3) as nodes:
+            scene = Scene(trainer, nodes)
+            absent = SnapshotRef(round=ROUND + EVERY, root="e" * 64, size_bytes=100)
+            good = scene.offer(2, round=ROUND)
+            await scene.keep({1: [absent], 2: [good]})
+            assert scene.shown == [good]
+            assert "snapshot_unavailable" in scene.names()
+
+    run_virtual(story())
+
+
+def test_copies_come_from_all_who_have_them(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 4) as nodes:
+            scene = Scene(trainer, nodes)
+            ref = scene.offer(2, 3, round=ROUND)  # 1 shows it, but has lost it
+            await scene.keep({1: [ref], 2: [ref], 3: [ref]})
+            assert scene.shown == [ref]
+            assert scene.nodes[0].store.has(BlobId(ref.root))
+
+    run_virtual(story())
+
+
+def test_a_full_disk_does_not_stop_training(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 2) as nodes:
+            scene = Scene(trainer, nodes)
+            ref = scene.offer(1, round=ROUND)
+
+            def refuse(*_args: object) -> None:
+                raise UserError("cannot keep a blob: No space left on device; free space there")
+
+            monkeypatch.setattr(nodes[0].store, "put", refuse)
+            monkeypatch.setattr(nodes[0].store, "finish", refuse)
+            monkeypatch.setattr(nodes[0].store, "remove", refuse)
+            await scene.keeper.after_round(EVERY, {})
+            await scene.keep({1: [ref]})
+            assert scene.names() == ["snapshot_failed", "snapshot_unavailable"]
+            assert scene.shown == []
+
+    run_virtual(story())
+
+
+def test_what_a_peer_started_from_it_holds(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 1) as nodes:
+            scene = Scene(trainer, nodes)
+            ref = scene.offer(0, round=ROUND)
+            scene.keeper.adopt(ref)
+            scene.keeper.adopt(ref)
+            assert scene.shown == [ref]
+
+    run_virtual(story())
