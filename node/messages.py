@@ -128,6 +128,7 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     "checkpoint_damaged": ("warning", "A damaged checkpoint was passed over, the one before it is used ({reason})"),
     "checkpoint_failed": ("warning", "Training goes on unsaved: {reason}"),
     "diverged": ("warning", "Round {round} diverged and was given up; training goes on from the slow weights"),
+    "history_unusable": ("warning", "{reason}; until then the history for the status page is kept in memory only"),
     "disk_error": ("warning", "Cannot write {path}: {reason}; free some space. Training goes on"),
     "disk_recovered": ("info", "Writes {path} again"),
     "swarm_unreachable": (

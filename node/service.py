@@ -27,7 +27,7 @@ from node.events import EventLog
 from protocol.blob_exchange import serve_blobs
 from protocol.blobs import BlobStore
 from protocol.directory import Directory
-from protocol.errors import LlmNodeError
+from protocol.errors import LlmNodeError, UserError
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.publication import SignedManifest, publish_manifest
@@ -65,7 +65,7 @@ class Service:
         self.transport, self.store, self.events = transport, store, events
         self._signed, self._record, self._folder, self._http = signed, record, folder, http
         self.directory = Directory(dht=transport.dht, identity=identity, run=signed.manifest.run_id)
-        self._history = StatusStore(":memory:" if folder is None else folder / "status.db")
+        self._history = self._open_history()
         self._collector = Collector(self.directory, self._history)
         self._watchers: dict[Callable[[], Coroutine[Any, Any, None]], asyncio.Task[None] | None] = {}
         self._last_status: dict[str, Any] | None = None
@@ -112,6 +112,16 @@ class Service:
                 with contextlib.suppress(LlmNodeError, TimeoutError):
                     async with asyncio.timeout(1.5):
                         await self.directory.publish(self._record(await self.transport.addresses()))
+
+    def _open_history(self) -> StatusStore:
+        """The history on disk, or one in memory when there is no room or the file is damaged: nobody trains for a page."""
+        if self._folder is None:
+            return StatusStore(":memory:")
+        try:
+            return StatusStore(self._folder / "status.db")
+        except UserError as error:
+            self.events.emit("history_unusable", reason=str(error))
+            return StatusStore(":memory:")
 
     def _close_history(self) -> None:
         self._last_status = self.status()

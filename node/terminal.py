@@ -60,6 +60,7 @@ def run_join(home: Home, network: JoinOptions, options: PeerOptions, *, as_json:
     async def main(log: EventLog) -> Summary:
         this = asyncio.current_task()
         assert this is not None
+        _on_signals(this.cancel)  # until there is a peer that could say goodbye
         async with contextlib.AsyncExitStack() as stack:
 
             async def on_start(peer: Peer) -> None:
