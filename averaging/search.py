@@ -148,7 +148,8 @@ class Search:
             self._spawn = tasks.create_task
             self._perform(self._matcher.start())
             try:
-                while (pairing := await self._found) is not None:
+                # Shielded: an answer may come in with the cancellation, and must still find the future open.
+                while (pairing := await asyncio.shield(self._found)) is not None:
                     self._found = asyncio.get_running_loop().create_future()
                     ending = await self._swap(pairing)
                     if ending is not None:
@@ -158,6 +159,8 @@ class Search:
                 self._spawn = None
                 for proposal in self._proposals.values():
                     proposal.end()
+                if self._found.done() and (unused := self._found.result()) is not None:
+                    await unused.close()
         return Ending(outcome="alone")
 
     def close(self) -> None:

@@ -60,8 +60,8 @@ def display_name(name: str, peer: str) -> str:
 Text = Annotated[str, Field(max_length=256), AfterValidator(printable)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PeerIdText = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
-Count = Annotated[int, Field(ge=0, lt=2**70)]
-"""Sums of 63-bit counts fit too."""
+Count = Annotated[int, Field(ge=0, lt=2**80)]
+"""Sums of 63-bit counts fit too, over as many peers as a store remembers."""
 Loss = Annotated[float, Field(ge=0.0, le=1e6)]
 Seconds = Annotated[float, Field(ge=0.0, le=1e11)]
 Rate = Annotated[float, Field(ge=0.0, le=1e18)]

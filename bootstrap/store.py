@@ -14,7 +14,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from protocol.errors import UserError
 from protocol.ids import PeerId
@@ -39,6 +39,9 @@ CREATE TABLE IF NOT EXISTS exchanges (
 _NEWEST_IDS = "SELECT MAX(id) FROM records GROUP BY peer ORDER BY MAX(id) DESC LIMIT ?"
 _LOAD_NEWEST = f"SELECT seen_at_s, record FROM records WHERE id IN ({_NEWEST_IDS})"
 _PRUNE_RECORDS = f"DELETE FROM records WHERE id <= (SELECT MAX(id) FROM records) - ? AND id NOT IN ({_NEWEST_IDS})"
+
+_MAX_INTEGER = 2**63 - 1
+"""SQLite's largest; strangers may claim a round so close to it that the next one is beyond."""
 
 Outcome = Literal["averaged", "clipped", "refused", "alone", "timeout", "lost"]
 
@@ -145,17 +148,18 @@ class StatusStore:
         return len(fresh)
 
     def val_rounds(self, *, max_round: int, max_loss: float) -> list[ValRound]:
-        """Validation losses by round, oldest first, without claims beyond `max_round` or above `max_loss`."""
-        rows = self._db.execute(
+        """Validation losses by round, oldest first, without claims beyond `max_round` or above `max_loss`. Empty when the
+        file cannot be read: see `problem`."""
+        rows = self._read(
             "SELECT round, AVG(loss), MIN(loss), MAX(loss), COUNT(*) FROM val_losses "
             "WHERE round <= ? AND loss <= ? GROUP BY round ORDER BY round",
-            (max_round, max_loss),
+            (min(max_round, _MAX_INTEGER), max_loss),
         )
         return [ValRound(round=r, mean=mean, smallest=low, largest=high, num_peers=n) for r, mean, low, high, n in rows]
 
     def exchanges(self, *, limit: int) -> list[StoredExchange]:
-        """The exchanges reported last, newest first."""
-        rows = self._db.execute(
+        """The exchanges reported last, newest first. Empty when the file cannot be read: see `problem`."""
+        rows = self._read(
             "SELECT peer, partner, round, outcome, seconds FROM exchanges ORDER BY id DESC LIMIT ?", (limit,)
         )
         return [
@@ -190,6 +194,14 @@ class StatusStore:
         for seen_at_s, text in self._db.execute(_LOAD_NEWEST, (self._limits.num_peers,)):
             record = PeerRecord.model_validate_json(text)
             self._latest[PeerId(record.peer)] = SeenRecord(record=record, seen_at_s=seen_at_s)
+
+    def _read(self, query: str, parameters: tuple[float, ...]) -> list[Any]:
+        """All rows, or none: a damaged file costs the page its history, and not the node its life."""
+        try:
+            return self._db.execute(query, parameters).fetchall()
+        except sqlite3.Error as error:
+            self.problem = _first_line(error)
+            return []
 
     def _is_new(self, record: PeerRecord) -> bool:
         known = self._latest.get(PeerId(record.peer))

@@ -7,6 +7,7 @@ view keeps it on the screen that long.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,9 @@ __all__ = ["ENDED_BY", "Message", "describe", "topic"]
 
 Fields = Mapping[str, Any]
 Level = Literal["detail", "info", "warning"]
+
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+"""Run and blob ids, which are shown by their first digits."""
 
 ENDED_BY = {
     "checkpoint_saved": "checkpoint_failed",
@@ -50,7 +54,7 @@ def describe(event: str, fields: Fields) -> Message | None:
         return None
     level, sentence = _SENTENCES[event]
     text = sentence(fields) if callable(sentence) else sentence.format(**fields)
-    return Message(printable(" ".join(text.split())), level)
+    return Message(printable(_HASH.sub(r"\1…", " ".join(text.split()))), level)
 
 
 def topic(event: str, fields: Fields) -> str:
@@ -106,7 +110,7 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     ),
     "initial_state": (
         "warning",
-        "No state of the swarm could be had; starts from the initial weights in round {round}",
+        "No state of the swarm is to be had yet; starts from the initial weights in round {round}",
     ),
     "training": ("info", "Training from round {round} with {sequences} sequences per step"),
     "leaving": ("info", "Leaving after the step and the write in progress; Ctrl-C again ends at once"),

@@ -226,7 +226,7 @@ class Peer:
             transport=self._transport,
             events=self._events,
             publish=self._show_snapshots,
-            own_loss=lambda: self.progress.val_loss,
+            own_loss=lambda finished: self.progress.val_loss_after(finished + 1),
         )
         saved = await self._checkpoints.load()
         swarm_round = await fetcher.swarm_round()

@@ -18,6 +18,8 @@ __all__ = ["Progress", "software_version"]
 
 MAX_LOSS = 1e6
 """Largest loss that a record may hold."""
+VAL_WINDOW = 64
+"""Rounds whose held-out loss is remembered."""
 SPEED_WINDOW = 16
 """Steps over which the speed is averaged."""
 
@@ -58,6 +60,7 @@ class Progress:
     recent: deque[ExchangeNote] = field(default_factory=lambda: deque(maxlen=4))
     snapshots: list[SnapshotRef] = field(default_factory=list)
     started_at_s: float = field(default_factory=time.time)
+    _val_losses: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=VAL_WINDOW))
     _sequence: int = 0
     _steps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
 
@@ -88,8 +91,14 @@ class Progress:
         if not math.isfinite(loss):
             return
         self.val_loss, self.val_round = loss, round
+        self._val_losses.append((round, loss))
         if self.first_val_loss is None:
             self.first_val_loss = loss
+
+    def val_loss_after(self, round: int) -> float | None:
+        """The held-out loss when `round` rounds were done, as far back as is remembered; None before any measurement."""
+        earlier = [loss for at, loss in self._val_losses if at <= round]
+        return earlier[-1] if earlier else next((loss for _, loss in self._val_losses), None)
 
     @property
     def tokens_per_s(self) -> float:

@@ -50,7 +50,8 @@ class SnapshotKeeper:
 
     Args:
         publish: called with the list of snapshots to show in this peer's record, newest last.
-        own_loss: this peer's latest held-out loss.
+        own_loss: this peer's held-out loss at the end of a round. A snapshot is compared with that, not with the latest one:
+            when it has spread and been fetched, training is some rounds further.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class SnapshotKeeper:
         transport: Transport,
         events: EventLog,
         publish: Callable[[list[SnapshotRef]], None],
-        own_loss: Callable[[], float | None],
+        own_loss: Callable[[int], float | None],
     ) -> None:
         self._run, self._peer, self._every = run, peer, every_rounds
         self._trainer, self._compute, self._store, self._transport = trainer, compute, store, transport
@@ -136,7 +137,7 @@ class SnapshotKeeper:
             self._unavailable.add(ref.root)
             self._events.emit("snapshot_unavailable", round=ref.round, root=ref.root[:12], reason=str(error))
             return False
-        loss, own = await self._compute.run(self._trainer.evaluate, weights), self._own_loss()
+        loss, own = await self._compute.run(self._trainer.evaluate, weights), self._own_loss(ref.round)
         if own is not None and not loss <= own + LOSS_MARGIN:
             return self._refuse(ref, donors, f"its held-out loss {loss:.3f} is far above our own {own:.3f}")
         return True

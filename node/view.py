@@ -218,6 +218,8 @@ def _print_message(console: Console, message: Message) -> None:
     clock = Text(time.strftime("%H:%M:%S"), style="dim")
     if console.is_terminal:
         line = Table.grid(padding=(0, 1))
+        line.add_column()
+        line.add_column(overflow="fold")
         line.add_row(clock, Text(text, style=style))
         console.print(line)
     else:

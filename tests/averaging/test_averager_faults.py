@@ -323,3 +323,42 @@ async def ask_until_closed(swarm: Swarm, index: int) -> str:
         return str((await ask(swarm, index)).reason)
     except StreamClosedError:
         return "closed"
+
+
+async def read_to_the_end(stream: Stream) -> None:
+    async with asyncio.timeout(5.0):
+        while True:
+            await stream.read_exactly(1)
+
+
+@pytest.mark.parametrize("by", ["a timer", "a task"])
+def test_an_acceptance_that_comes_in_with_the_cancellation(by: str) -> None:
+    """At the same moment, in either order: the exchange is cancelled and nothing else, and no stream stays open."""
+
+    async def main() -> None:
+        async with open_swarm(2, network=network(), num_silent=1) as swarm:
+            loop = asyncio.get_running_loop()
+            actor = Actor(swarm)
+            proposed: asyncio.Future[tuple[Stream, Exchange]] = loop.create_future()
+
+            async def hold(stream: Stream) -> None:
+                exchange = Exchange(terms=TERMS, identity=actor.identity, partner=stream.peer)
+                exchange.receive_propose(await read_message(stream, Propose))
+                proposed.set_result((stream, exchange))
+                await asyncio.Event().wait()
+
+            actor.transport.handle(PROTOCOL, hold)
+            exchanging = asyncio.create_task(swarm.exchange(0))
+            stream, exchange = await proposed
+            await write_message(stream, exchange.accept(await describe(actor.update)))
+            if by == "a timer":  # before whoever waits for the answer has run
+                loop.call_later(0.01, exchanging.cancel)
+            else:  # after it has run, and before the exchange has
+                await asyncio.sleep(0.01)
+                exchanging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await exchanging
+            with pytest.raises(StreamClosedError):
+                await read_to_the_end(stream)
+
+    run_virtual(main())

@@ -153,3 +153,13 @@ async def test_collector_stores_what_the_directory_shows_and_prunes_now_and_then
         assert directory.num_refreshes == PRUNE_EVERY
         assert store.latest[peer_id(1)].record.sequence == PRUNE_EVERY
         assert store.num_records() == 11
+
+
+def test_a_damaged_file_costs_the_history_and_is_reported(tmp_path: Path) -> None:
+    with StatusStore(tmp_path / "status.db") as store:
+        store.observe([record(1, val_loss=3.0, val_round=7, recent=[note(7, 2)])], now_s=NOW_S)
+        store._db.executescript("DROP TABLE val_losses; DROP TABLE exchanges;")
+        assert store.val_rounds(max_round=100, max_loss=9.0) == []
+        assert store.exchanges(limit=50) == []
+        assert "no such table" in (store.problem or "")
+        assert store.latest[peer_id(1)].record.round == 8

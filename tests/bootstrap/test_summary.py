@@ -51,6 +51,17 @@ def test_one_liar_moves_neither_round_nor_curve() -> None:
     assert any("peer-4" in warning and "left out" in warning for warning in document["warnings"])
 
 
+@pytest.mark.parametrize("num_liars", [1, 2, 300])
+def test_the_largest_claims_that_a_record_can_hold_do_not_stop_the_page(num_liars: int) -> None:
+    most = 2**63 - 1
+    claims = dict.fromkeys(("round", "tokens", "sent_bytes", "received_bytes", "exchanges_ok"), most)
+    liars = [record(i + 2, **claims, tokens_per_s=1e12, val_loss=1e6, val_round=most) for i in range(num_liars)]
+    document = document_of(record(1, val_loss=3.0, val_round=7), *liars)
+    assert document["swarm"]["tokens"] == 100_000 + num_liars * most
+    assert [7, 3.0, 3.0, 3.0, 1] in document["val_loss"]
+    assert parse_document(encode_document(document)) == document
+
+
 def test_the_tile_shows_a_round_that_half_of_the_swarm_has_measured() -> None:
     peers = [record(i, val_loss=4.0, val_round=6) for i in (1, 2, 3)]
     with StatusStore(":memory:") as store:

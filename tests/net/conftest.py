@@ -1,4 +1,4 @@
-"""The swarm that the tests of this folder share, and how they tell what they measured."""
+"""The swarm that the tests of a file share, and how they tell what they measured."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.net.swarm import Swarm
 __all__: list[str] = []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
-    """Processes of one run; see `Swarm` for how to share it."""
+    """Processes of one run; see `Swarm` for how to share it. One per file, so that none trains while others are tested."""
     with Swarm(tmp_path_factory.mktemp("swarm")) as swarm:
         yield swarm
 

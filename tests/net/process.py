@@ -18,7 +18,7 @@ import psutil
 __all__ = ["ROOT", "Event", "NodeProcess", "command_line", "environment", "has_averaged"]
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 45.0
+START_TIMEOUT_S = 90.0
 """Longest wait for any event; a loaded machine needs several seconds to import torch alone."""
 
 Event = dict[str, Any]

@@ -96,7 +96,7 @@ class Swarm:
             env=environment(self.temporary),
             capture_output=True,
             text=True,
-            timeout=45,
+            timeout=90,
             check=False,
         )
 

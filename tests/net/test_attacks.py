@@ -25,7 +25,7 @@ from tests.net.process import NodeProcess
 from tests.net.swarm import Swarm
 from tests.protocol.test_libp2p_attacks import Attacker, bomb
 
-pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 
 MAX_GROWTH_BYTES = 16 << 20
 SOON_S = 60.0

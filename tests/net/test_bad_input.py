@@ -10,7 +10,7 @@ import pytest
 from protocol.identity import Identity
 from tests.net.swarm import LISTEN, Swarm
 
-pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 
 STRANGER = Identity.generate(b"\7" * 32).peer_id
 
@@ -38,11 +38,11 @@ def test_an_unreachable_peer(swarm: Swarm, tmp_path: Path) -> None:
     assert address in refusal(swarm, "status", f"--peer={address}")
 
 
-@pytest.mark.parametrize("address", ["nonsense", f"/ip4/127.0.0.1/tcp/99999/p2p/{STRANGER}"])
-def test_a_malformed_peer(swarm: Swarm, tmp_path: Path, address: str) -> None:
-    assert "address" in refusal(swarm, "join", f"--peer={address}", LISTEN, f"--home={tmp_path}")
-    assert "address" in refusal(swarm, "status", f"--peer={address}")
+def test_a_malformed_peer(swarm: Swarm, tmp_path: Path) -> None:
+    assert "'nonsense' is not an address" in refusal(swarm, "join", "--peer=nonsense", LISTEN, f"--home={tmp_path}")
     assert not (tmp_path / "blobs").exists()
+    address = f"/ip4/127.0.0.1/tcp/99999/p2p/{STRANGER}"
+    assert address in refusal(swarm, "status", f"--peer={address}")
 
 
 def test_no_peer_at_all(swarm: Swarm, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def obstacle() -> str | None:
     return None
 
 
-pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 
 
 def run(*command: str) -> str:
@@ -105,7 +105,7 @@ def line() -> Iterator[SlowLine]:
 @pytest.fixture
 def pair(line: SlowLine, tmp_path: Path) -> Iterator[tuple[NodeProcess, NodeProcess]]:
     """A trainer at each end, the bootstrap node beside the first."""
-    settings = RUN_SETTINGS | {"sync.inner_steps": 120}
+    settings = RUN_SETTINGS | {"sync.inner_steps": 90}
     with Swarm(tmp_path, settings) as swarm:
         listen = [f"--listen=/ip4/{host}/tcp/0" for host in HOSTS]
         bootstrap = swarm.start("bootstrap", "bootstrap", str(tmp_path / "run.toml"), listen[0], prefix=line.inside(0))
@@ -118,7 +118,7 @@ def pair(line: SlowLine, tmp_path: Path) -> Iterator[tuple[NodeProcess, NodeProc
 
 
 def test_two_machines_train_and_average_over_a_slow_line(line: SlowLine, pair: tuple[NodeProcess, NodeProcess]) -> None:
-    num_averages = 3
+    num_averages = 2
     for node in pair:
         node.wait_for_averaging(num_averages)
     near, far = pair

@@ -9,9 +9,9 @@ from typing import Literal
 
 import pytest
 
-from tests.net.swarm import Swarm, peer_in
+from tests.net.swarm import Swarm, peer_in, status_until
 
-pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 
 FORBIDDEN = {"torch", "hivemind", "numpy", "tokenizers", "safetensors", "averaging", "kernels"}
 """Top-level packages that would make the command slow, or that cannot share a process with py-libp2p."""
@@ -33,6 +33,8 @@ def test_status_asks_any_node(
     trainers = swarm.trainers(2)
     asked = bootstrap if role == "bootstrap" else trainers[0]
 
+    # The records of the first exchange need a few seconds to get around.
+    status_until(asked, lambda d: d["swarm"]["training"] >= 2 and d["swarm"]["exchanges_ok"] >= 2, timeout_s=30)
     started_s = time.monotonic()
     done = swarm.command("status", "--peer", asked.address, "--json")
     seconds = time.monotonic() - started_s
@@ -58,8 +60,9 @@ def test_status_imports_neither_torch_nor_hivemind(swarm: Swarm) -> None:
 
 
 def test_status_for_people_names_the_peers(swarm: Swarm) -> None:
-    node = swarm.trainers(2)[0]
-    done = swarm.command("status", "--peer", node.address)
+    asked, other = swarm.trainers(2)[:2]
+    status_until(asked, lambda d: peer_in(d, other.peer_id) is not None, timeout_s=30)
+    done = swarm.command("status", "--peer", asked.address)
     assert (done.returncode, done.stderr) == (0, "")
-    for trainer in swarm.live_trainers:
+    for trainer in (asked, other):
         assert trainer.name in done.stdout

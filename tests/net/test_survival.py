@@ -15,7 +15,7 @@ import pytest
 from tests.net.process import NodeProcess, has_averaged
 from tests.net.swarm import RUN_SETTINGS, SEQUENCES, Swarm, peer_in, status_until
 
-pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 
 DEADLINE_S = float(RUN_SETTINGS["sync.exchange_timeout_s"])
 FRESH_LOSS = math.log(RUN_SETTINGS["model.vocab_size"])

@@ -107,6 +107,12 @@ def test_strangers_text_is_made_printable() -> None:
     assert message.text == "Refused a state of round 1: a·[2Jb·c d"
 
 
+def test_ids_are_shown_by_their_first_digits() -> None:
+    message = describe("disk_error", {"path": f"/home/x/runs/{'ab' * 32}/events.jsonl", "reason": "full"})
+    assert message is not None
+    assert message.text.startswith("Cannot write /home/x/runs/abababababab…/events.jsonl: full")
+
+
 def test_logged_errors_are_shown_and_logged_warnings_are_not() -> None:
     assert describe("log", {"level": "warning", "source": "x", "text": "a peer lied"}) is None
     message = describe("log", {"level": "error", "source": "x", "text": "p2pd does not come back"})

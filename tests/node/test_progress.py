@@ -101,6 +101,17 @@ def test_the_first_validation_is_remembered() -> None:
     assert (own.first_val_loss, own.val_loss, own.val_round) == (6.0, 4.0, 1)
 
 
+def test_losses_of_earlier_rounds_are_remembered() -> None:
+    own = progress()
+    assert own.val_loss_after(3) is None
+    for round, loss in ((5, 6.0), (6, 5.0), (9, 4.0)):
+        own.count_validation(loss, round)
+    assert [own.val_loss_after(round) for round in (0, 5, 6, 8, 9, 99)] == [6.0, 6.0, 5.0, 5.0, 4.0, 4.0]
+    for round in range(10, 1000):
+        own.count_validation(1.0, round)
+    assert len(own._val_losses) < 100
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1e7])
 def test_a_diverged_peer_still_has_a_record(loss: float) -> None:
     own = progress()

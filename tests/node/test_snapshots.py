@@ -49,7 +49,7 @@ def test_one_who_leaves_changes_nothing_but_his_own_place() -> None:
 class Scene:
     """Node 0 keeps snapshots; the others are records and blob servers."""
 
-    def __init__(self, trainer: Trainer, nodes: list[Node], *, own_loss: float | None = None) -> None:
+    def __init__(self, trainer: Trainer, nodes: list[Node], *, own_losses: dict[int, float] | None = None) -> None:
         self.trainer, self.nodes = trainer, nodes
         trainer.round = ROUND
         self.events, self.heard = listening()
@@ -64,7 +64,7 @@ class Scene:
             transport=nodes[0].transport,
             events=self.events,
             publish=self._show,
-            own_loss=lambda: trainer.evaluate() if own_loss is None else own_loss,
+            own_loss=lambda finished: trainer.evaluate() if own_losses is None else own_losses[finished],
         )
 
     def _show(self, held: list[SnapshotRef]) -> None:
@@ -181,6 +181,23 @@ def test_a_bad_snapshot_is_refused_and_removed(
             scene.heard.clear()
             await scene.keep({1: [bad], 2: [good]})
             assert scene.heard == [], "it is not fetched a second time"
+
+    run_virtual(story())
+
+
+def test_it_is_compared_with_the_own_loss_of_its_round(trainer: Trainer, tmp_path: Path) -> None:
+    """Early in training the loss falls faster than a copy spreads."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 2) as nodes:
+            fresh = trainer.evaluate()
+            scene = Scene(trainer, nodes, own_losses={ROUND: fresh, ROUND + EVERY: fresh - 3.0})
+            ref = scene.offer(1, round=ROUND)
+            await scene.keep({1: [ref]}, round=ROUND + EVERY)
+            assert scene.shown == [ref]
+            late = scene.offer(1, round=ROUND + EVERY, factor=1.001)
+            await scene.keep({1: [late]}, round=ROUND + EVERY)
+            assert scene.shown == [ref], "but not with that of another round"
 
     run_virtual(story())
 
