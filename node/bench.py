@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from model.batches import RoundBatches
-from node.trainer import Trainer
+from node.trainer import Trainer, model_config
+from protocol.manifest import Manifest
 
-__all__ = ["choose_sequences", "choose_threads", "seconds_per_step"]
+__all__ = ["choose_sequences", "choose_threads", "most_sequences", "seconds_per_step"]
 
 BUDGET_S = 2.0
 
@@ -20,7 +21,7 @@ def seconds_per_step(trainer: Trainer, num_sequences: int) -> float:
     """Time one forward and backward pass on random tokens. The weights stay as they are."""
     vocabulary, tokens = trainer.manifest.model.vocab_size, trainer.manifest.inner.sequence_tokens
     noise = np.random.default_rng(0).integers(0, vocabulary, size=4 * (tokens + 1), dtype=np.uint32)
-    batch = RoundBatches(noise, seed=0, sequence_tokens=tokens).next(num_sequences)
+    batch = RoundBatches(noise, seed=0, sequence_tokens=tokens).next(num_sequences).to(trainer.flat.theta.device)
     started = time.perf_counter()
     trainer.model.loss(batch).backward()  # type: ignore[no-untyped-call]
     seconds = time.perf_counter() - started
@@ -44,22 +45,30 @@ def choose_threads(trainer: Trainer) -> int:
     return fastest
 
 
-def choose_sequences(trainer: Trainer, *, budget_s: float = BUDGET_S) -> int:
+def most_sequences(manifest: Manifest, *, free_bytes: int) -> int:
+    """Sequences per step whose activations fit into half of the free memory; at least the run's minimum, at most its maximum."""
+    inner, shape = manifest.inner, model_config(manifest)
+    fitting = free_bytes // 2 // shape.activation_bytes(inner.sequence_tokens)
+    return min(max(fitting, inner.min_sequences), inner.max_sequences)
+
+
+def choose_sequences(trainer: Trainer, *, most: int | None = None, budget_s: float = BUDGET_S) -> int:
     """Sequences per step for the run's target round time on this machine, measured within about `budget_s` seconds.
 
     The batch is doubled until it would take longer than half a step should, or the budget is spent. The first pass of each
     size pays for memory that later passes reuse, so it counts only when it alone spends the budget.
     """
     inner, sync = trainer.manifest.inner, trainer.manifest.sync
+    most = inner.max_sequences if most is None else most
     target_s = sync.round_target_s / sync.inner_steps
     sequences, deadline = inner.min_sequences, time.perf_counter() + budget_s
     while True:
         seconds = seconds_per_step(trainer, sequences)
         if time.perf_counter() + 2 * seconds < deadline:
             seconds = min(seconds_per_step(trainer, sequences) for _ in range(2))
-        enough = seconds >= target_s / 2 or sequences * 2 > inner.max_sequences
+        enough = seconds >= target_s / 2 or sequences * 2 > most
         if enough or time.perf_counter() + 6 * seconds > deadline:
             break
         sequences *= 2
     wanted = round(sequences * target_s / seconds)
-    return min(max(wanted, inner.min_sequences), inner.max_sequences)
+    return min(max(wanted, inner.min_sequences), most)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from node.trainer import Trainer
 from protocol.blob_exchange import fetch_blob
 from protocol.blobs import BlobStore
 from protocol.directory import Directory
-from protocol.errors import LlmNodeError
+from protocol.errors import LlmNodeError, TransportError
 from protocol.ids import BlobId, PeerId
 from protocol.records import PeerRecord, SnapshotRef
 from protocol.transport import Transport
@@ -32,7 +33,13 @@ NUM_VOTES = 3
 """Peers that must vouch for a state; all live trainers when there are fewer."""
 MAX_RESUME_LAG = 20
 """Rounds the swarm may be ahead of a checkpoint that is still resumed from."""
-WAIT_FOR_VOTES_S = 8.0
+WAIT_FOR_STATE_S = 120.0
+"""A joiner waits so long for a state that passes, when the swarm has begun; it never starts from scratch beside it."""
+LOSS_MARGIN = 0.5
+"""A state may be so much worse (nats per token) than what the trainers say of their own."""
+LOOK_AGAIN_S = 0.5
+NUM_LOOKS = 3
+"""Looks at the directory before a joiner believes that nobody trains yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +54,22 @@ def choose_snapshots(trainers: Mapping[PeerId, PeerRecord]) -> list[Candidate]:
     """Snapshots that a joiner may try, best first: those with NUM_VOTES votes, or all when there are fewer trainers, the newest
     of them first; then those that more than half of so few trainers vouch for.
 
-    What fewer peers claim is never tried, however new it is: that is what a liar, or a few of them, can make up.
+    What fewer peers claim is never tried, however new it is: that is what a liar, or a few of them, can make up. Nor is a
+    state from a round that the swarm has not reached.
     """
     votes: dict[SnapshotRef, list[PeerId]] = {}
     for peer, record in trainers.items():
         for ref in set(record.snapshots):
             votes.setdefault(ref, []).append(peer)
     quorum, majority = min(NUM_VOTES, len(trainers)), len(trainers) // 2 + 1
-    candidates = [Candidate(ref, tuple(sorted(voters))) for ref, voters in votes.items()]
+    newest = _median([record.round for record in trainers.values()])
+    candidates = [Candidate(ref, tuple(sorted(voters))) for ref, voters in votes.items() if ref.round <= newest + 1]
     credible = [candidate for candidate in candidates if len(candidate.voters) >= min(quorum, majority)]
     return sorted(credible, key=lambda c: (len(c.voters) < quorum, -c.ref.round, c.ref.root))
+
+
+def _median(values: list[int]) -> int:
+    return sorted(values)[len(values) // 2] if values else 0
 
 
 class StateFetcher:
@@ -81,9 +94,15 @@ class StateFetcher:
         return rounds[(len(rounds) - 1) // 2] if rounds else None
 
     async def fetch(self) -> SnapshotRef | None:
-        """Adopt the swarm's state; None when there is none to be had and the initial weights stay."""
-        deadline_s = asyncio.get_running_loop().time() + WAIT_FOR_VOTES_S
+        """Adopt the swarm's state; None when nobody trains yet, or is not beyond the first round, so that the initial weights
+        are the state.
+
+        Raises:
+            TransportError: the swarm is further on, but no state that passes can be had.
+        """
+        deadline_s = asyncio.get_running_loop().time() + WAIT_FOR_STATE_S
         failed: set[SnapshotRef] = set()
+        looks = swarm = 0
         while True:
             await self._directory.refresh()
             trainers = self._trainers()
@@ -92,10 +111,17 @@ class StateFetcher:
                     if await self._adopt(candidate):
                         return candidate.ref
                     failed.add(candidate.ref)
-            has_begun = any(record.round > 1 for record in trainers.values())
-            if not has_begun or asyncio.get_running_loop().time() >= deadline_s:
+            looks += 1
+            swarm = max(swarm, await self.swarm_round() or 0)
+            if swarm <= 1 and looks >= NUM_LOOKS:
                 return None
-            await asyncio.sleep(0.5)  # votes are on their way, or the next snapshot is
+            if asyncio.get_running_loop().time() >= deadline_s:
+                raise TransportError(
+                    f"the swarm is at round {swarm}, but none of its peers gives a state that passes; try again in a minute"
+                )
+            if looks == NUM_LOOKS:
+                self._events.emit("waiting_for_state", swarm_round=swarm)
+            await asyncio.sleep(LOOK_AGAIN_S)  # votes are on their way, or the next snapshot is
 
     def _trainers(self) -> dict[PeerId, PeerRecord]:
         return {
@@ -104,6 +130,11 @@ class StateFetcher:
             if record.role == "trainer" and record.state == "training"
         }
 
+    def _expected_loss(self) -> float:
+        """The median of what the trainers measured, which a minority of liars cannot move; chance when none has."""
+        losses = [record.val_loss for record in self._trainers().values() if record.val_loss is not None]
+        return statistics.median_low(losses) if losses else math.log(self._trainer.manifest.model.vocab_size)
+
     async def _adopt(self, candidate: Candidate) -> bool:
         ref, blob = candidate.ref, BlobId(candidate.ref.root)
         limit = max_snapshot_bytes(self._trainer.manifest.model.num_parameters)
@@ -111,13 +142,13 @@ class StateFetcher:
             await fetch_blob(
                 blob, transport=self._transport, store=self._store, donors=list(candidate.voters), max_bytes=limit
             )
-            weights = self._trainer.read_snapshot(await asyncio.to_thread(self._store.read, blob))
+            data = await asyncio.to_thread(self._store.read, blob)
+            weights = await self._compute.run(self._trainer.read_snapshot, data)
         except (CheckpointError, LlmNodeError) as error:
             self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=str(error))
             return False
         loss = await self._compute.run(self._trainer.evaluate, weights)
-        chance = math.log(self._trainer.manifest.model.vocab_size)
-        if not loss < chance + 0.5:
+        if not loss < self._expected_loss() + LOSS_MARGIN:
             self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=f"held-out loss {loss:.2f}")
             return False
         swarm = await self.swarm_round()

@@ -98,9 +98,13 @@ class ShardSource(BatchSource):
                 self._events.emit("prefetch_failed", shard=blob[:12], round=round, reason=str(error))
 
     async def _read(self, wanted: BlobId) -> bytes:
-        """The shard; while it cannot be had (nobody has it, the disk is full), another one that is here."""
+        """The shard, or one that is here: training waits for the network only while there is none at all. The wanted shard
+        is then still on its way (see `prefetch`), or nobody reachable has it."""
         failed: set[BlobId] = set()
-        blob = wanted
+        here = await asyncio.to_thread(self._shards_here)
+        blob = wanted if wanted in here or not here else here[int(wanted[:8], 16) % len(here)]
+        if blob != wanted:
+            self._events.emit("shard_late", shard=wanted[:12])
         while True:
             try:
                 if not self._store.has(blob):
@@ -110,8 +114,7 @@ class ShardSource(BatchSource):
                 self._events.emit("blob_damaged", blob=blob[:12], reason=str(error))
             except (TransportError, UserError) as error:
                 failed.add(blob)
-                here = [BlobId(entry) for entry, _ in self._index.entries if self._store.has(BlobId(entry))]
-                usable = [entry for entry in here if entry not in failed]
+                usable = [entry for entry in await asyncio.to_thread(self._shards_here) if entry not in failed]
                 self._events.emit("shard_unavailable", shard=blob[:12], reason=str(error), fallback=bool(usable))
                 if usable:
                     blob = usable[int(wanted[:8], 16) % len(usable)]
@@ -119,6 +122,9 @@ class ShardSource(BatchSource):
                     failed.clear()
                     blob = wanted
                     await asyncio.sleep(RETRY_S)
+
+    def _shards_here(self) -> list[BlobId]:
+        return [BlobId(entry) for entry, _ in self._index.entries if self._store.has(BlobId(entry))]
 
 
 async def open_source(

@@ -29,6 +29,7 @@ ENDED_BY = {
     "swarm_reachable": "swarm_unreachable",
     "company": "alone",
     "training": "waiting_for_data",
+    "state_adopted": "waiting_for_state",
 }
 """Which event ends which lasting warning."""
 
@@ -96,6 +97,10 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
         "detail",
         lambda f: f"Others can join through {f['addresses'][0]}" if f["addresses"] else "Listening",
     ),
+    "waiting_for_state": (
+        "warning",
+        "The swarm is at round {swarm_round}; waiting for a state that enough peers agree on",
+    ),
     "measured": ("info", "Measured this machine: {sequences_per_step} sequences per step"),
     "resumed": (
         "info",
@@ -128,6 +133,7 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     "snapshot_failed": ("warning", "Could not keep the state of round {round} for joiners: {reason}. Training goes on"),
     "snapshot_refused": ("detail", "Refused to keep a peer's state of round {round}: {reason}"),
     "state_refused": ("warning", "Refused a state of round {round}: {reason}"),
+    "shard_late": ("detail", "Data shard {shard}… is not here yet; reads another one meanwhile"),
     "shard_unavailable": ("warning", _shard_unavailable),
     "checkpoint_damaged": ("warning", "A damaged checkpoint was passed over, the one before it is used ({reason})"),
     "checkpoint_failed": ("warning", "Training goes on unsaved: {reason}"),

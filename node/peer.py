@@ -12,12 +12,13 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from averaging.averager import Averager
 from model.data import Tokens
 from model.tokenizer import Tokenizer
-from node.bench import choose_sequences, choose_threads
+from node.bench import choose_sequences, choose_threads, most_sequences
 from node.catchup import MAX_RESUME_LAG, StateFetcher
 from node.checkpoints import Checkpoints, SavedState
 from node.compute import Compute
@@ -124,6 +125,7 @@ class Peer:
         self.trainer: Trainer | None = None
         self._loop: RoundLoop | None = None
         self._stopped = False
+        self._most = 0
         checkpoints = None if folder is None else folder / "checkpoints"
         self._checkpoints = Checkpoints(checkpoints, compute=compute, events=events)
         self._keeper: SnapshotKeeper | None = None
@@ -146,9 +148,10 @@ class Peer:
             source, heldout, _ = await self._open_data()
             trainer = await self._compute.run(self._new_trainer, heldout)
             self.trainer = trainer
-            measured = asyncio.ensure_future(self._measure(trainer))
-            cursor = await self._starting_state(trainer)
-            sequences = await measured
+            async with asyncio.TaskGroup() as tasks:
+                measured = tasks.create_task(self._measure(trainer))
+                cursor = await self._starting_state(trainer)
+            sequences = measured.result()
             loss = await self._compute.run(trainer.evaluate)
             self.progress.count_validation(loss, trainer.round)
             self._events.emit("validation", round=trainer.round, loss=round(loss, 4))
@@ -202,7 +205,8 @@ class Peer:
         if self._options.sequences:
             return self._options.sequences
         threads = self._options.threads or await self._compute.run(choose_threads, trainer)
-        sequences = await self._compute.run(choose_sequences, trainer)
+        self._most = most_sequences(self.manifest, free_bytes=psutil.virtual_memory().available)
+        sequences = await self._compute.run(choose_sequences, trainer, most=self._most)
         self._events.emit("measured", sequences_per_step=sequences, threads=threads)
         return sequences
 
@@ -226,16 +230,21 @@ class Peer:
             transport=self._transport,
             events=self._events,
             publish=self._show_snapshots,
-            own_loss=lambda finished: self.progress.val_loss_after(finished + 1),
+            own_loss=self.progress.val_loss_after,
         )
         saved = await self._checkpoints.load()
         swarm_round = await fetcher.swarm_round()
         if saved is not None and (swarm_round or 0) - saved.round <= MAX_RESUME_LAG:
             return await self._resume(trainer, saved)
-        adopted = await fetcher.fetch()
+        try:
+            adopted = await fetcher.fetch()
+        except TransportError:
+            if saved is None:
+                raise
+            return await self._resume(trainer, saved)  # old, but better than nothing
         if adopted is not None:
             self._keeper.adopt(adopted)
-        elif saved is not None:  # old, but better than nothing
+        elif saved is not None:
             return await self._resume(trainer, saved)
         elif swarm_round is not None:
             trainer.round = swarm_round
@@ -261,7 +270,10 @@ class Peer:
             max_lag_rounds=self.manifest.sync.max_lag_rounds,
         )
         settings = RoundSettings(
-            sequences=sequences, adapt=not self._options.sequences, max_rounds=self._options.max_rounds
+            sequences=sequences,
+            adapt=not self._options.sequences,
+            most=self._most,
+            max_rounds=self._options.max_rounds,
         )
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._checkpoints.writing())
@@ -277,6 +289,7 @@ class Peer:
                 events=self._events,
                 settings=settings,
                 after_round=self._after_round,
+                announce=self.service.beat,
             )
             loop.resume_cursor(cursor)
             if self._stopped:

@@ -111,7 +111,7 @@ class Progress:
         """Expected seconds until the round's last step; None before the first one."""
         if not self._steps:
             return None
-        return (self.inner_steps - self.step) * sum(s for s, _ in self._steps) / len(self._steps)
+        return max(self.inner_steps - self.step, 0) * sum(s for s, _ in self._steps) / len(self._steps)
 
     def record(self, addresses: Sequence[str]) -> PeerRecord:
         """This peer's record as of now. Its sequence grows strictly, across restarts too, even if the clock steps back a

@@ -4,19 +4,17 @@
                              └─ exchange of round r with one partner ─┐
                                                        apply between two steps
 
-There is no coordinator and no common clock. A peer that fell behind takes the swarm's round number as its own (rounds are
-labels; Δ is weighted by tokens), so peers of any speed stay within reach of each other. An exchange that has not ended when
-the next round has is abandoned: the peer steps alone, and training never waits longer than the exchange's deadline.
+There is no coordinator and no common clock; node/round_clock.py says which round a peer is in. Training never waits for an
+exchange: while one is under way the round takes more steps, and at its deadline the peer steps alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import statistics
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from averaging.averager import Averager, ExchangeResult
 from averaging.replica import Outcome
@@ -26,18 +24,19 @@ from node.compute import Compute
 from node.dataset import BatchSource
 from node.events import EventLog
 from node.progress import Progress
+from node.round_clock import MAX_STRETCH, RoundClock
 from node.trainer import StepStats, Trainer
 from protocol.directory import Directory
 from protocol.ids import PeerId
 from protocol.manifest import Manifest
-from protocol.records import ExchangeNote
+from protocol.records import ExchangeNote, PeerRecord
 
 __all__ = ["RoundLoop", "RoundSettings", "sequences_for"]
 
 T = TypeVar("T")
 
-DEADLINE_SHARE = 0.9
-"""An overlapped exchange may take this share of a round, so that it is over before the next one starts."""
+DEADLINE_SHARE = 1.5
+"""An overlapped exchange may take this share of a round: peers end theirs up to a whole round apart."""
 RESIZE_LIMIT = 2.0
 """Largest change of the batch from one round to the next."""
 
@@ -49,11 +48,13 @@ class RoundSettings:
     Attributes:
         sequences: sequences per step to begin with.
         adapt: change them between rounds so that a round keeps taking the run's target time.
+        most: upper bound of the sequences per step that this machine's memory sets; 0 for none.
         max_rounds: stop after this many rounds of this session; 0 for as long as the run lasts.
     """
 
     sequences: int
     adapt: bool = True
+    most: int = 0
     max_rounds: int = 0
 
 
@@ -62,6 +63,7 @@ class RoundLoop:
 
     Args:
         after_round: awaited with the number of each finished round (checkpoints, snapshots); it should return at once.
+        announce: publishes this peer's record, so that others know its new round at once.
     """
 
     def __init__(
@@ -77,10 +79,13 @@ class RoundLoop:
         events: EventLog,
         settings: RoundSettings,
         after_round: Callable[[int], Awaitable[None]],
+        announce: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._manifest, self._trainer, self._compute, self._source = manifest, trainer, compute, source
         self._averager, self._directory, self._progress = averager, directory, progress
-        self._events, self._settings, self._after_round = events, settings, after_round
+        self._events, self._settings = events, settings
+        self._after_round, self._announce = after_round, announce
+        self._clock = RoundClock(total_rounds=manifest.sync.total_rounds)
         self._stopping = asyncio.Event()
         self._round_s = manifest.sync.round_target_s
         self._resumed_cursor: int | None = None
@@ -100,16 +105,18 @@ class RoundLoop:
         total = self._manifest.sync.total_rounds
         self._sync_progress()
         pending: asyncio.Task[None] | None = None
+        prefetch: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
             while not self._stopping.is_set() and not self._finished(total):
-                prefetch = tasks.create_task(self._prefetch())
+                if prefetch is None or prefetch.done():  # a slow one goes on beside the rounds; nobody waits for it
+                    prefetch = tasks.create_task(self._source.prefetch(self._trainer.round + 1))
                 await self._inner_steps(tasks, pending)
-                await self._unless_stopped(prefetch)
                 if self._stopping.is_set():
                     break
                 pending = await self._exchange(tasks)
-            if pending is not None:
-                pending.cancel()
+            for task in (pending, prefetch):
+                if task is not None:
+                    task.cancel()
 
     async def _unless_stopped(self, task: asyncio.Task[T]) -> T | None:
         """Wait for a task that depends on the network; None, and the task cancelled, when the owner leaves first."""
@@ -122,9 +129,6 @@ class RoundLoop:
             return task.result()
         task.cancel()
         return None
-
-    async def _prefetch(self) -> None:
-        await self._source.prefetch(self._trainer.round + 1)
 
     def _finished(self, total: int) -> bool:
         done = self._settings.max_rounds and self._progress.rounds_done >= self._settings.max_rounds
@@ -146,14 +150,26 @@ class RoundLoop:
             self.batches.cursor, self._resumed_cursor = self._resumed_cursor, None
         loop = asyncio.get_running_loop()
         started, first = loop.time(), self._trainer.step_in_round
-        while self._trainer.step_in_round < self._manifest.sync.inner_steps and not self._stopping.is_set():
+        while self._has_more_steps(pending) and not self._stopping.is_set():
             stats = await self._compute.run(self._trainer.step, batches, self._progress.sequences_per_step)
             self._count_step(stats)
-        if pending is not None:
-            await self._unless_stopped(pending)
         steps = self._trainer.step_in_round - first
         if steps:
-            self._resize((loop.time() - started) * self._manifest.sync.inner_steps / steps)
+            self._round_s = loop.time() - started
+            self._resize(self._round_s * self._manifest.sync.inner_steps / steps)
+        if pending is not None:
+            await self._unless_stopped(pending)
+
+    def _has_more_steps(self, pending: asyncio.Task[None] | None) -> bool:
+        """Whether the round goes on: it has its planned steps, and rather than wait it takes more of them, while the last
+        round's exchange is under way or the others are behind."""
+        done, planned = self._trainer.step_in_round, self._manifest.sync.inner_steps
+        if done < planned:
+            return True
+        if done >= MAX_STRETCH * planned:
+            return False
+        self._observe()
+        return self._clock.is_ahead(self._trainer.round) or (pending is not None and not pending.done())
 
     def _count_step(self, stats: StepStats) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -162,22 +178,19 @@ class RoundLoop:
 
     def _resize(self, round_s: float) -> None:
         """Fit the batch of the next round to the target time."""
-        self._round_s = round_s
         if self._settings.adapt:
-            self._progress.sequences_per_step = sequences_for(
-                self._manifest, now=self._progress.sequences_per_step, round_s=round_s
-            )
+            wanted = sequences_for(self._manifest, now=self._progress.sequences_per_step, round_s=round_s)
+            self._progress.sequences_per_step = min(wanted, self._settings.most or wanted)
 
     # ---- the exchange
 
     async def _exchange(self, tasks: asyncio.TaskGroup) -> asyncio.Task[None] | None:
         """Close the round and start its exchange; without overlap, or at the end of the run, wait for it."""
-        finished = self._trainer.round
-        next_round = await self._next_round()
+        next_round = await self._next_round(tasks)
         divergences = self._trainer.num_divergences
         update = await self._compute.run(self._trainer.end_round, next_round)
         if self._trainer.num_divergences > divergences:
-            self._events.emit("diverged", round=finished)
+            self._events.emit("diverged", round=update.round)
         self._progress.rounds_done += 1
         self._sync_progress()
         sync = self._manifest.sync
@@ -185,38 +198,41 @@ class RoundLoop:
         overlapped = sync.overlap and not last
         limit_s = sync.exchange_timeout_s
         if overlapped:
-            limit_s = min(limit_s, DEADLINE_SHARE * self._round_s)
-        exchange = tasks.create_task(self._average(update, finished, limit_s))
+            limit_s = min(limit_s, DEADLINE_SHARE * max(self._round_s, sync.round_target_s))
+        tasks.create_task(self._announce())
+        exchange = tasks.create_task(self._average(update, limit_s))
         if overlapped:
             return exchange
         await self._unless_stopped(exchange)
         return None
 
-    async def _next_round(self) -> int:
+    async def _next_round(self, tasks: asyncio.TaskGroup) -> int:
         """One more than the round just finished, or the swarm's if that is further on."""
         # In a large swarm this also reads the bucket that the round's lot names, so that peers of all buckets mix.
         lot = hashlib.sha256(f"{self._manifest.run_id}/bucket/{self._trainer.round}".encode()).digest()
+        await self._unless_stopped(tasks.create_task(self._refresh(lot)))
+        self._observe()
+        own = self._trainer.round
+        following = self._clock.next_round(own)
+        if following > own + 1:
+            self._events.emit("round_skipped", own=own + 1, swarm=following)
+        return following
+
+    async def _refresh(self, lot: bytes) -> None:
         await self._directory.refresh(extra=lot)
-        rounds = list(self._rounds_of_others().values())
-        following = self._trainer.round + 1
-        if rounds and (median := int(statistics.median_low(rounds))) > following:
-            self._events.emit("round_skipped", own=following, swarm=median)
-            following = median
-        total = self._manifest.sync.total_rounds
-        return min(following, total) if total else following
 
-    def _rounds_of_others(self) -> dict[PeerId, int]:
-        return {
-            peer: record.round
-            for peer, record in self._directory.peers.items()
-            if record.role == "trainer" and record.state == "training"
-        }
+    def _observe(self) -> None:
+        self._clock.observe(self._trainers(), asyncio.get_running_loop().time())
 
-    async def _average(self, update: Update, finished: int, limit_s: float) -> None:
+    def _trainers(self) -> dict[PeerId, PeerRecord]:
+        records = self._directory.peers
+        return {peer: r for peer, r in records.items() if r.role == "trainer" and r.state == "training"}
+
+    async def _average(self, update: Update, limit_s: float) -> None:
         """Exchange with a partner, take the outer step, and measure where that leaves us."""
         deadline_s = asyncio.get_running_loop().time() + limit_s
-        reach = self._manifest.sync.max_lag_rounds + 1  # a record may be a few seconds old
-        candidates = [peer for peer, round in self._rounds_of_others().items() if abs(round - finished) <= reach]
+        # All of them: a record may be rounds old, and whom the round window leaves out is said in the exchange itself.
+        candidates, finished = list(self._trainers()), update.round
         algorithm = self._manifest.sync.algorithm
         if algorithm == "local":
             results = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -39,6 +40,8 @@ __all__ = ["HEARTBEAT_S", "Service"]
 HEARTBEAT_S = 3.0
 """Seconds between two records of a node, and between two looks at the directory."""
 NUM_CACHED_ADDRESSES = 64
+STATUS_AGE_S = 1.0
+"""A status document is made at most this often, however many ask for it."""
 
 
 class Service:
@@ -69,9 +72,11 @@ class Service:
         self._collector = Collector(self.directory, self._history)
         self._watchers: dict[Callable[[], Coroutine[Any, Any, None]], asyncio.Task[None] | None] = {}
         self._last_status: dict[str, Any] | None = None
+        self._cached_status: dict[str, Any] | None = None
         self._cached: list[str] = []
         self._disk_problems: dict[str, str] = {}
         self._contact = Contact(events)
+        self._beating = asyncio.Lock()
 
     def on_heartbeat(self, watcher: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `watcher` after every look at the directory, but never twice at once. It may take as long as it likes: the
@@ -82,12 +87,16 @@ class Service:
         """The status document, as shown by the page and the status stream."""
         if self._last_status is not None:  # the history is closed, but a stream may still ask
             return self._last_status
-        return swarm_status(self._history, self._signed.manifest, now_s=time.time())
+        now_s = time.time()
+        if self._cached_status is None or now_s - self._cached_status["generated_at_s"] > STATUS_AGE_S:
+            self._cached_status = swarm_status(self._history, self._signed.manifest, now_s=now_s)
+        return self._cached_status
 
     def donors(self) -> list[PeerId]:
-        """Live peers to ask for blobs, bootstrap nodes last, since trainers share the load."""
-        records = self.directory.peers
-        return sorted(records, key=lambda peer: (records[peer].role == "bootstrap", peer))
+        """Live peers to ask for blobs, bootstrap nodes last, since trainers share the load; in an order of each asker's own."""
+        records, own = self.directory.peers, self.transport.peer_id
+        order = {peer: hashlib.sha256(f"{own}/{peer}".encode()).digest() for peer in records}
+        return sorted(records, key=lambda peer: (records[peer].role == "bootstrap", order[peer]))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -128,7 +137,11 @@ class Service:
         self._history.close()
 
     async def beat(self) -> None:
-        """Publish the record once and look at the directory once."""
+        """Publish the record once and look at the directory once; one at a time, however many ask."""
+        async with self._beating:
+            await self._beat()
+
+    async def _beat(self) -> None:
         num_failed = self.directory.num_failed_reads
         try:
             stored = await self.directory.publish(self._record(await self.transport.addresses()))

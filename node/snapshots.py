@@ -50,8 +50,9 @@ class SnapshotKeeper:
 
     Args:
         publish: called with the list of snapshots to show in this peer's record, newest last.
-        own_loss: this peer's held-out loss at the end of a round. A snapshot is compared with that, not with the latest one:
-            when it has spread and been fetched, training is some rounds further.
+        own_loss: this peer's held-out loss at the start of a round. A snapshot of that round's end is compared with it and not
+            with the latest one, since training has gone on while it spread; the round between them allows for the speed at
+            which the loss falls just then.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class SnapshotKeeper:
         own_loss: Callable[[int], float | None],
     ) -> None:
         self._run, self._peer, self._every = run, peer, every_rounds
+        self._epoch = -1
         self._trainer, self._compute, self._store, self._transport = trainer, compute, store, transport
         self._events, self._publish, self._own_loss = events, publish, own_loss
         self._refused: dict[PeerId, int] = {}
@@ -77,8 +79,9 @@ class SnapshotKeeper:
 
     async def after_round(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
         """Publish if it is this peer's turn; `live` are the other trainers."""
-        if round % self._every:
+        if round // self._every == self._epoch:  # not `round % every`: a peer that skips rounds may skip that one
             return
+        self._epoch = round // self._every
         if order_for_epoch(self._run, round // self._every, [self._peer, *live])[0] == self._peer:
             data = await self._compute.run(self._trainer.snapshot)
             try:
@@ -130,7 +133,8 @@ class SnapshotKeeper:
         try:
             blob = BlobId(ref.root)
             await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
-            weights = self._trainer.read_snapshot(await asyncio.to_thread(self._store.read, blob))
+            data = await asyncio.to_thread(self._store.read, blob)
+            weights = await self._compute.run(self._trainer.read_snapshot, data)
         except CheckpointError as error:
             return self._refuse(ref, donors, str(error))
         except LlmNodeError as error:  # unreachable just now: look again at the next refresh

@@ -119,7 +119,9 @@ class Trainer:
         started = time.perf_counter()
         batch = batches.next(num_sequences).to(self._device)
         sync = self.manifest.sync
-        step = self.round * sync.inner_steps + self.step_in_round
+        step = self.round * sync.inner_steps + min(
+            self.step_in_round, sync.inner_steps - 1
+        )  # a stretched round is one round
         decay_steps = sync.decay_rounds * sync.inner_steps
         rate = learning_rate(step, config=self._inner, total_steps=self.total_steps, decay_steps=decay_steps)
         set_learning_rate(self.optimizer, rate)
@@ -135,13 +137,14 @@ class Trainer:
         return StepStats(loss=float(loss.detach()), tokens=tokens, seconds=time.perf_counter() - started)
 
     def end_round(self, next_round: int) -> Update:
-        """Close the round: what to send for it; the next step belongs to `next_round`. A round that diverged is given up: the
+        """Close the round: what to send for it; the next step belongs to `next_round`. After a skip the update carries the number
+        before that, under which the others exchange now. A round that diverged is given up: the
         update then says that nothing changed."""
         try:
-            update = self.replica.pack(round=self.round, tokens=self.tokens_in_round)
+            update = self.replica.pack(round=next_round - 1, tokens=self.tokens_in_round)
         except FloatingPointError:
             self._go_back()
-            update = self.replica.pack(round=self.round, tokens=1)
+            update = self.replica.pack(round=next_round - 1, tokens=1)
         self.round = next_round
         self.step_in_round = 0
         self.tokens_in_round = 0

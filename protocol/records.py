@@ -18,6 +18,7 @@ MAX_RECORD_BYTES = 4096
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PeerIdText = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Round = Annotated[int, Field(ge=0, le=10**9)]
 Loss = Annotated[float, Field(ge=0.0, le=1e6)]
 
 
@@ -28,7 +29,7 @@ class _Strict(BaseModel):
 class SnapshotRef(_Strict):
     """A whole training state that this peer holds, has checked, and serves to joiners."""
 
-    round: Count
+    round: Round
     root: Hash
     """Merkle root of the snapshot blob."""
     size_bytes: Count
@@ -37,7 +38,7 @@ class SnapshotRef(_Strict):
 class ExchangeNote(_Strict):
     """How one recent exchange ended."""
 
-    round: Count
+    round: Round
     partner: PeerIdText | None
     """None when no partner was found."""
     outcome: Literal["averaged", "clipped", "refused", "alone", "timeout", "lost"]
@@ -66,7 +67,7 @@ class PeerRecord(_Strict):
     """Unix time of this record, by the peer's clock. For display and the clock-skew warning; and the directory refuses
     an expiry long after it, so that an old record cannot be re-stored to outlive newer ones."""
 
-    round: Count = 0
+    round: Round = 0
     step: Count = 0
     """Inner steps taken in this round."""
     inner_steps: Count = 0
@@ -77,7 +78,7 @@ class PeerRecord(_Strict):
     train_loss: Loss | None = None
     val_loss: Loss | None = None
     """Loss on the held-out set after `val_round` rounds (0: before the first), nats per token."""
-    val_round: Count | None = None
+    val_round: Round | None = None
     eta_s: Annotated[float, Field(ge=0.0, le=1e9)] | None = None
     """Expected seconds to the end of the round."""
     sent_bytes: Count = 0

@@ -89,14 +89,14 @@ class NodeProcess:
 
     def wait_for(
         self,
-        name: str,
+        name: str | tuple[str, ...],
         where: Callable[[Event], bool] = lambda event: True,
         *,
         since: int = 0,
         count: int = 1,
         timeout_s: float = START_TIMEOUT_S,
     ) -> Event:
-        """The `count`-th event `name` that satisfies `where`, from the event numbered `since` on (see `mark`).
+        """The `count`-th event `name` (or any of several) that satisfies `where`, from the event numbered `since` on (see `mark`).
 
         Raises:
             AssertionError: it did not come in time, or the process ended without it.
@@ -112,8 +112,9 @@ class NodeProcess:
             f"last events {said}; stderr {self.errors[-2000:]!r}"
         )
 
-    def _matching(self, name: str, where: Callable[[Event], bool], since: int) -> list[Event]:
-        return [event for event in self.events[since:] if event["event"] == name and where(event)]
+    def _matching(self, name: str | tuple[str, ...], where: Callable[[Event], bool], since: int) -> list[Event]:
+        names = (name,) if isinstance(name, str) else name
+        return [event for event in self.events[since:] if event["event"] in names and where(event)]
 
     def mark(self) -> int:
         """The number of the next event, for `since`."""

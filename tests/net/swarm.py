@@ -31,7 +31,7 @@ RUN_SETTINGS = TINY | {
     "sync.total_rounds": 0,
     "sync.exchange_timeout_s": 5.0,
     "sync.max_lag_rounds": 8,
-    "sync.snapshot_rounds": 20,
+    "sync.snapshot_rounds": 10,
     "safety.newcomer_weight": 1.0,
     "safety.clip_factor": 30.0,
     "safety.reject_factor": 100.0,

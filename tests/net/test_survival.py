@@ -53,6 +53,8 @@ def test_a_late_peer_joins_after_the_bootstrap_was_killed(swarm: Swarm, measured
     marks = [(node, node.mark()) for node in trainers]
     for node, mark in marks:
         node.wait_for_averaging(2, since=mark)
+        # Only a state that both vouch for is taken, and the very first one is worse than what they have by now.
+        node.wait_for(("snapshot_published", "snapshot_kept"), lambda event: event["round"] > 0)
 
     late = swarm.join("late", f"--peer={trainers[0].address}")
     adopted = late.wait_for("state_adopted")

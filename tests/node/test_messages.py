@@ -32,7 +32,7 @@ VALUES: dict[str, Any] = {
     "training": 2,
     "val_loss": 3.5,
 }
-NUMBERS = ("round", "step", "sequences", "threads", "sequences_per_step")
+NUMBERS = ("round", "swarm_round", "step", "sequences", "threads", "sequences_per_step")
 
 
 def emitted() -> dict[str, set[str]]:

@@ -52,12 +52,13 @@ def test_the_sequence_goes_on_after_a_restart(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_fullest_record_fits() -> None:
     own = progress(name="\N{GRINNING FACE}" * 100)
-    own.round = own.tokens = own.sequences_per_step = 2**62
+    own.tokens = own.sequences_per_step = 2**62
+    own.round = 10**9
     own.count_step(loss=3.3, tokens=2**30, seconds=1e-2, now_s=0.0)
-    own.count_validation(3.3, 2**62)
+    own.count_validation(3.3, 10**9)
     for _ in range(9):
-        own.count_exchange(note("averaged", 2**62))
-    own.snapshots = [SnapshotRef(round=2**62, root="f" * 64, size_bytes=2**62)] * 5
+        own.count_exchange(note("averaged", 10**9))
+    own.snapshots = [SnapshotRef(round=10**9, root="f" * 64, size_bytes=2**62)] * 5
     record = own.record(["/ip4/" + "x" * 251] * 20)
     data = pack_record(record, OWN)
     assert len(data) <= MAX_RECORD_BYTES

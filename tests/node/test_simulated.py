@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ class Swarm:
         self.events: dict[str, list[str]] = {}
         self.summaries: dict[str, Summary] = {}
 
-    async def live(self, name: str, *, rounds: int = 0, own_store: bool = False) -> Summary:
+    async def live(self, name: str, *, rounds: int = 0, own_store: bool = False, step_s: float = 0.3) -> Summary:
         """One peer's whole life."""
         identity = Identity.generate(name.encode().ljust(32, b"."))
         home = self.folder / name
@@ -51,7 +52,7 @@ class Swarm:
                 identity=identity,
                 transport=transport,
                 store=BlobStore(home / "blobs") if own_store else self.seed_store,
-                compute=VirtualCompute(seconds_per_call=0.3),
+                compute=VirtualCompute(seconds_per_call=step_s),
                 events=events,
                 folder=home,
                 options=PeerOptions(name=name, sequences=4, max_rounds=rounds),
@@ -136,3 +137,28 @@ def test_a_crash_costs_the_others_nothing_but_the_partner(tmp_path: Path) -> Non
     assert swarm.summaries["a"].finished
     assert swarm.summaries["b"].finished
     assert swarm.summaries["a"].exchanges_ok >= 2
+
+
+@pytest.mark.parametrize("step_s", [0.9, 0.06], ids=["a slow one", "a fast one"])
+def test_a_peer_of_another_speed_stays_with_the_swarm(tmp_path: Path, step_s: float) -> None:
+    # Admission is wide open: a peer with 16 times the tokens is far away, and this is about meeting at all.
+    trusting: dict[str, Any] = {"safety__reject_factor": 100.0, "safety__newcomer_weight": 1.0}
+    signed, store = tiny_run(
+        tmp_path, sync__total_rounds=0, sync__inner_steps=10, sync__exchange_timeout_s=6.0, **trusting
+    )
+    swarm = Swarm(signed, store, tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in ("a", "b", "c"):
+                tasks.create_task(swarm.live(name))
+            tasks.create_task(swarm.live("other", step_s=step_s))
+            await asyncio.sleep(60)
+            for peer in swarm.peers.values():
+                peer.stop()
+
+    run_virtual(story())
+    rounds = {name: peer.progress.round for name, peer in swarm.peers.items()}
+    assert abs(rounds["other"] - rounds["a"]) <= 4, rounds
+    other = swarm.summaries["other"]
+    assert other.exchanges_ok >= 0.5 * other.rounds, other
