@@ -11,14 +11,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["MAX_RECORD_BYTES", "ExchangeNote", "PeerRecord", "SnapshotRef"]
+__all__ = ["MAX_RECORD_BYTES", "MAX_ROUND", "ExchangeNote", "PeerRecord", "SnapshotRef"]
 
 MAX_RECORD_BYTES = 4096
+MAX_ROUND = 10**9
+"""More rounds than any run has: at one a second, 30 years."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PeerIdText = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Round = Annotated[int, Field(ge=0, le=10**9)]
+Round = Annotated[int, Field(ge=0, le=MAX_ROUND)]
 Loss = Annotated[float, Field(ge=0.0, le=1e6)]
 
 

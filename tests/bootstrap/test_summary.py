@@ -16,6 +16,7 @@ from bootstrap.document import (
 )
 from bootstrap.store import StatusStore
 from bootstrap.summary import FORGET_AFTER_S, SILENT_AFTER_S, swarm_status
+from protocol.records import MAX_ROUND
 from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, note, peer_id, record
 
 
@@ -44,7 +45,7 @@ def test_totals_count_trainers_and_everybody_s_bytes() -> None:
 def test_one_liar_moves_neither_round_nor_curve() -> None:
     honest = [record(i, val_loss=3.0 + 0.1 * i, val_round=7) for i in (1, 2, 3)]
     document = document_of(
-        *honest, record(4, round=10**12, val_loss=1e6, val_round=7), record(5, val_loss=0.0, val_round=10**9)
+        *honest, record(4, round=10**9, val_loss=1e6, val_round=7), record(5, val_loss=0.0, val_round=10**9)
     )
     assert document["swarm"]["round"] == 8
     assert document["val_loss"] == [[7, pytest.approx(3.2), 3.1, 3.3, 3]]
@@ -54,8 +55,8 @@ def test_one_liar_moves_neither_round_nor_curve() -> None:
 @pytest.mark.parametrize("num_liars", [1, 2, 300])
 def test_the_largest_claims_that_a_record_can_hold_do_not_stop_the_page(num_liars: int) -> None:
     most = 2**63 - 1
-    claims = dict.fromkeys(("round", "tokens", "sent_bytes", "received_bytes", "exchanges_ok"), most)
-    liars = [record(i + 2, **claims, tokens_per_s=1e12, val_loss=1e6, val_round=most) for i in range(num_liars)]
+    claims = {"round": MAX_ROUND} | dict.fromkeys(("tokens", "sent_bytes", "received_bytes", "exchanges_ok"), most)
+    liars = [record(i + 2, **claims, tokens_per_s=1e12, val_loss=1e6, val_round=MAX_ROUND) for i in range(num_liars)]
     document = document_of(record(1, val_loss=3.0, val_round=7), *liars)
     assert document["swarm"]["tokens"] == 100_000 + num_liars * most
     assert [7, 3.0, 3.0, 3.0, 1] in document["val_loss"]

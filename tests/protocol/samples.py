@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocol.identity import Identity
 from protocol.manifest import Manifest
-from protocol.records import PeerRecord
+from protocol.records import MAX_ROUND, PeerRecord
 
 RUN = "ab" * 32
 SENT_AT_S = 1.7e9
@@ -67,19 +67,19 @@ def record(own: Identity, **changes: Any) -> PeerRecord:
 
 def largest_record(peer: Identity) -> PeerRecord:
     """Every field as long as it may be, text in the script that takes most bytes."""
-    note = {"round": 2**63 - 1, "partner": peer.peer_id, "outcome": "averaged", "seconds": 999_999.9}
-    snapshot = {"round": 2**63 - 1, "root": "ff" * 32, "size_bytes": 2**63 - 1}
+    note = {"round": MAX_ROUND, "partner": peer.peer_id, "outcome": "averaged", "seconds": 999_999.9}
+    snapshot = {"round": MAX_ROUND, "root": "ff" * 32, "size_bytes": 2**63 - 1}
     counts = "sequence round step inner_steps sequences_per_step tokens sent_bytes received_bytes exchanges_ok exchanges_failed"
     return record(
         peer,
-        **dict.fromkeys(counts.split(), 2**63 - 1),
+        **(dict.fromkeys(counts.split(), 2**63 - 1) | {"round": MAX_ROUND}),
         name="\N{GRINNING FACE}" * 32,
         version="\N{GRINNING FACE}" * 32,
         addresses=["/" * 256] * 8,
         tokens_per_s=1e12,
         train_loss=3.3,
         val_loss=3.3,
-        val_round=2**63 - 1,
+        val_round=MAX_ROUND,
         eta_s=1e9,
         recent=[note] * 4,
         snapshots=[snapshot] * 2,
