@@ -46,7 +46,9 @@ class TrainedModel:
             self.model, tokens, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
         ):
             if token == self.tokenizer.eot_id:
-                return
+                if produced:
+                    return
+                continue  # the prompt was a whole document to the model: what it writes next is still a sample
             produced.append(token)
             text = self.tokenizer.decode(produced)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -31,7 +31,7 @@ from protocol.errors import UserError
 
 __all__ = ["run_demo"]
 
-PROMPT = "def read_file(path):\n"
+PROMPT = "import os\n\n\ndef read_"
 START_TIMEOUT_S = 90.0
 ROUND_PATIENCE = 4.0
 """A demo is given up when it takes this many times its planned time."""

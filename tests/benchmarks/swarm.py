@@ -6,7 +6,8 @@ peer takes the same steps, and the only difference is whether it has partners.
     python -m tests.benchmarks.swarm [--json] [--seeds 3] [--peers 3] [--rounds 18]
 
 The last line is one JSON object: `single` and `swarm` hold the held-out loss of every seed with mean and standard deviation,
-`gain` the difference of the means in nats per token, `seeds_won` the number of seeds in which the swarm was better.
+`gain` the difference of the means in nats per token, `seeds_won` the number of seeds in which the swarm was better, and
+`tokens_per_peer` shows that all took the same steps.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def losses(peers: int, *, seeds: int, rounds: int, folder: Path) -> dict[str, An
         "val_loss_end": ends,
         "mean": round(statistics.mean(ends), 4),
         "std": round(statistics.stdev(ends), 4) if len(ends) > 1 else 0.0,
+        "tokens_per_peer": [result["tokens"] // peers for result in results],
         "exchanges_failed": sum(result["exchanges_failed"] for result in results),
         "bytes_sent": [result["bytes_sent"] for result in results],
     }
