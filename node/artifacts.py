@@ -41,7 +41,8 @@ class TrainedModel:
     def sample(self, prompt: str, *, max_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
         """Yield text pieces that continue `prompt`; pieces end at character boundaries."""
         tokens = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
-        shown, produced = "", []
+        shown = ""
+        produced: list[int] = []
         for token in generate(
             self.model, tokens, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
         ):

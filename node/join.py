@@ -117,13 +117,12 @@ def _known_addresses(home: Home, given: tuple[str, ...]) -> tuple[str, ...]:
 async def _find_manifest(
     transport: Transport, home: Home, given: tuple[str, ...], known: tuple[str, ...]
 ) -> SignedManifest:
-    failures: list[str] = []
     for address in known:
         try:
             peer: PeerId = await transport.connect(address)
             return await fetch_manifest(transport, peer)
-        except TransportError as error:
-            failures.append(f"{address}: {error}")
+        except TransportError:
+            continue
         except UserError:
             if address in given:
                 raise
@@ -133,8 +132,7 @@ async def _find_manifest(
             ) from None
     if given:
         raise UserError(
-            f"no peer answers at {failures[0] if failures else given[0]}; "
-            "check the address, that the node there runs, and that its port is open"
+            f"no peer answers at {given[0]}; check the address, that the node there runs, and that its port is open"
         )
     if not home.runs():
         raise UserError("name a peer of the run with --peer ADDRESS; this home has not joined any run yet")
