@@ -225,6 +225,9 @@ class RoundLoop:
         self._clock.observe(self._trainers(), asyncio.get_running_loop().time())
 
     def _trainers(self) -> dict[PeerId, PeerRecord]:
+        """Those whose rounds matter here: the live trainers, and nobody in a run that never averages."""
+        if self._manifest.sync.algorithm == "local":
+            return {}
         records = self._directory.peers
         return {peer: r for peer, r in records.items() if r.role == "trainer" and r.state == "training"}
 

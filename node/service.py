@@ -71,8 +71,8 @@ class Service:
         self._history = self._open_history()
         self._collector = Collector(self.directory, self._history)
         self._watchers: dict[Callable[[], Coroutine[Any, Any, None]], asyncio.Task[None] | None] = {}
-        self._last_status: dict[str, Any] | None = None
-        self._cached_status: dict[str, Any] | None = None
+        self._status: dict[str, Any] | None = None
+        self._closed = False
         self._cached: list[str] = []
         self._disk_problems: dict[str, str] = {}
         self._contact = Contact(events)
@@ -85,12 +85,11 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         """The status document, as shown by the page and the status stream."""
-        if self._last_status is not None:  # the history is closed, but a stream may still ask
-            return self._last_status
         now_s = time.time()
-        if self._cached_status is None or now_s - self._cached_status["generated_at_s"] > STATUS_AGE_S:
-            self._cached_status = swarm_status(self._history, self._signed.manifest, now_s=now_s)
-        return self._cached_status
+        fresh = self._status is not None and now_s - self._status["generated_at_s"] <= STATUS_AGE_S
+        if self._status is None or not (fresh or self._closed):  # once the history is closed, a stream may still ask
+            self._status = swarm_status(self._history, self._signed.manifest, now_s=now_s)
+        return self._status
 
     def donors(self) -> list[PeerId]:
         """Live peers to ask for blobs, bootstrap nodes last, since trainers share the load; in an order of each asker's own."""
@@ -133,7 +132,8 @@ class Service:
             return StatusStore(":memory:")
 
     def _close_history(self) -> None:
-        self._last_status = self.status()
+        self.status()
+        self._closed = True
         self._history.close()
 
     async def beat(self) -> None:

@@ -164,7 +164,7 @@ class SyncSpec(_Section):
     algorithm: Literal["local", "pair-average", "noloco", "diloco"] = "noloco"
     """local: never; pair-average: mean of two peers' weights; noloco: gossip with momentum; diloco: everyone, Nesterov."""
     inner_steps: int = Field(default=50, ge=1, le=10_000)
-    """Inner steps per round; one exchange per round."""
+    """Inner steps per round, after which it has one exchange; a peer that is ahead of the others takes more of them."""
     total_rounds: int = Field(default=0, ge=0, le=1_000_000_000)
     """Rounds after which the run ends; 0 for a run without end."""
     decay_rounds: int = Field(default=0, ge=0, le=1_000_000_000)

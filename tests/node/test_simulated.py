@@ -162,3 +162,20 @@ def test_a_peer_of_another_speed_stays_with_the_swarm(tmp_path: Path, step_s: fl
     assert abs(rounds["other"] - rounds["a"]) <= 4, rounds
     other = swarm.summaries["other"]
     assert other.exchanges_ok >= 0.5 * other.rounds, other
+
+
+def test_a_run_that_never_averages_neither_waits_nor_skips(tmp_path: Path) -> None:
+    signed, store = tiny_run(tmp_path, sync__total_rounds=0, sync__algorithm="local")
+    swarm = Swarm(signed, store, tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(swarm.live("slow", step_s=0.9))
+            tasks.create_task(swarm.live("fast", step_s=0.1))
+            await asyncio.sleep(30)
+            for peer in swarm.peers.values():
+                peer.stop()
+
+    run_virtual(story())
+    fast, slow = swarm.peers["fast"].progress.round, swarm.peers["slow"].progress.round
+    assert fast > 4 * slow > 0
