@@ -29,7 +29,7 @@ from rich.table import Table
 from node.demo_settings import DEMO_HELDOUT_TOKENS, DEMO_MAX_CHARS, DEMO_MODEL, DEMO_SETTINGS, DemoOptions, settings_for
 from protocol.errors import UserError
 
-__all__ = ["run_demo"]
+__all__ = ["run_demo", "show_result"]
 
 PROMPT = "import os\n\n\ndef read_"
 START_TIMEOUT_S = 90.0
@@ -63,7 +63,13 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     if options.memory:
         from node.simulated import run_simulated_demo
 
-        return run_simulated_demo(options, folder)
+        console = Console(stderr=True)
+        console.print(
+            f"Training {options.peers} peer{'s' * (options.peers > 1)} in one process, in virtual time; about a minute each …"
+        )
+        result = run_simulated_demo(options, folder)
+        show_result(console, result)
+        return result
     return _Swarm(options, folder).run()
 
 
@@ -100,7 +106,7 @@ class _Swarm:
         result["checkpoint"] = str(exported)
         result |= compare_with_transformers(exported, self._folder / "peer-1", PROMPT)
         result["total_seconds"] = round(time.monotonic() - started, 1)
-        self._show(result)
+        show_result(self._console, result)
         return result
 
     # ---- processes
@@ -221,14 +227,16 @@ class _Swarm:
             "time_to_first_step_s": round(max(s["time_to_first_step_s"] for s in summaries), 2),
         }
 
-    def _show(self, result: dict[str, Any]) -> None:
-        fall = 100 * (1 - result["val_loss_end"] / result["val_loss_start"])
-        self._console.print(
-            f"[bold]Held-out loss {result['val_loss_start']:.3f} → {result['val_loss_end']:.3f}[/bold] (−{fall:.0f} %) with "
-            f"{result['peers']} peers, {result['exchanges_ok']} exchanges, {result['tokens']:,} tokens, "
-            f"{result['bytes_sent'] / 1e6:.0f} MB sent, {result['seconds']:.0f} s.",
-            highlight=False,
-        )
+
+def show_result(console: Console, result: dict[str, Any]) -> None:
+    """The outcome in one sentence."""
+    fall = 100 * (1 - result["val_loss_end"] / result["val_loss_start"])
+    console.print(
+        f"[bold]Held-out loss {result['val_loss_start']:.3f} → {result['val_loss_end']:.3f}[/bold] (−{fall:.0f} %) with "
+        f"{result['peers']} peer{'s' * (result['peers'] > 1)}, {result['exchanges_ok']} exchanges, {result['tokens']:,} tokens, "
+        f"{result['bytes_sent'] / 1e6:.0f} MB sent, {result['seconds']:.0f} s. Exported to {result['checkpoint']}.",
+        highlight=False,
+    )
 
 
 def _swarm_table(peers: list[Child]) -> Table:
