@@ -28,9 +28,8 @@ check: .venv/installed         ## lint, types, and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: .venv/installed         ## every benchmark, one JSON line each
-	@for name in `ls tests/benchmarks/[a-z]*.py | xargs -n1 basename | sed 's/\.py$$//'`; do \
-	  echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name --json || exit 1; done
+bench: .venv/installed         ## every benchmark, or NAMES="sync scale"; results, tables and plots in docs/benchmarks.md
+	@$(BIN)/python -m tests.benchmarks.report --run $(NAMES) --options='$(ARGS)'
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-run

@@ -2,17 +2,21 @@
 
 With a single partner there is no majority to ask, so robustness comes from our own history. For a partner j
 
-    d = ‖Δj − Δi‖    e = ‖φj − φi‖
-    τ = median of the last accepted distances, held between ‖Δi‖ and clip_factor·‖Δi‖       (one τ for d, one for e)
-    refused beyond reject_factor·τ or when not finite; otherwise the difference is scaled to at most τ
+    d = ‖Δj − Δi‖    e = ‖φj − φi‖    s = ‖Δi‖, or our usual one (median of the last rounds) if that is more
+    τ = median of the last accepted distances, held between s and clip_factor·s             (one τ for d, one for e)
+    far:     d or e is beyond reject_factor·τ
+    refused: not finite; d beyond IMPLAUSIBLE·τ; or far, while most of the other partners are near
+    else accepted, its difference scaled to at most τ and weighed by how well we know the partner (averaging/familiarity.py)
 
-and its weight starts small and rises over its first accepted exchanges. A partner's claim of tokens counts only up to a multiple
-of our own, so the weight is never its to choose. The lower end of τ is also the cold start: all peers begin with one φ, so the
-first accepted e is 0, and a median alone would refuse everybody from then on.
+The bound follows our own progress, which no partner can inflate: one exchange moves us by at most clip_factor·s, whoever sends
+what. All peers begin with one φ, so the first accepted e is 0, and a median alone would refuse everybody from then on: hence the
+lower end. A partner's claim of tokens counts only up to a multiple of our own, so the weight is never its to choose.
 
-A partner refused for e alone may be right, and we the odd one out: after a long network partition both halves would refuse each
-other for ever (measured: 16 peers, 150 rounds apart, 99 % of meetings refused). So when a third of the recent partners were
-that far away, they are clipped instead. That gives an attacker no more than staying at the threshold does.
+Refusing adds little to clipping, since an attacker can stay just below the limit, and it has locked honest swarms up: after
+a partition, and where few peers with a high learning rate drift apart. So a far partner is refused only while more than
+REFUSING_MAJORITY of the other partners met last were near. A peer thus never refuses a third of its partners, and a swarm
+whose peers are all far from each other goes on averaging. A peer that is farther away from everybody than clipped steps can mend
+is astray (`is_astray`): it should fetch the swarm's state.
 
 Norms bound what one exchange can do; they do not tell good from bad (an attacker can stay at the threshold). The validation gate
 that does is a separate step.
@@ -25,14 +29,23 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
+from averaging.familiarity import Familiarity
 from protocol.ids import PeerId
 
 __all__ = ["Admission", "AdmissionConfig", "Distances", "Verdict", "token_shares"]
 
-_MAX_REMEMBERED_PEERS = 4096  # forgetting the longest unseen peer costs it its ramp, nothing else
-_ODD_ONE_OUT_SHARE = 1 / 3  # of the last `history` partners; fewer attackers than that can not switch the rule on
+REFUSING_MAJORITY = 2 / 3
+"""A far partner is refused only while more than this share of the others met last were near."""
+IMPLAUSIBLE = 30.0
+"""Progress that differs from ours by more than so many τ is no progress: a peer of 16 times our speed stays below."""
+ASTRAY_MEETINGS = 4
+"""So many partners in a row that are too far to be averaged with mean that we are the odd one out …"""
+ASTRAY_PARTNERS = 2
+"""… if at least so many of them are different peers: between two alone nobody can tell which one is."""
+MENDABLE_LIMITS = 10.0
+"""Beyond so many times the limit at which a partner is far, clipped steps take too long to mend the distance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +55,8 @@ class AdmissionConfig:
     Args:
         history: accepted distances whose median bounds the next one.
         clip_factor: upper end of τ, in norms of our own Δ.
-        reject_factor: a distance beyond this many τ is refused.
-        newcomer_weight: weight of a partner never accepted before.
+        reject_factor: a distance beyond this many τ is far.
+        newcomer_weight: weight of a partner never accepted before, where all others are known.
         newcomer_exchanges: accepted exchanges until a partner's weight is 1.
         max_token_ratio: a partner's claimed tokens count up to this multiple of ours.
     """
@@ -62,7 +75,7 @@ class Distances:
 
     Args:
         delta: d = ‖Δj − Δi‖, 0 where Δ does not travel.
-        slow: e = ‖φj − φi‖, 0 where φ does not travel.
+        slow: e = ‖φj − φi‖, 0 where φ does not travel, infinite where it is too far away to be read.
         own: ‖Δi‖, finite.
     """
 
@@ -105,43 +118,69 @@ class Admission:
     """
 
     def __init__(self, config: AdmissionConfig | None) -> None:
-        self._config = config
-        length = config.history if config else 1
-        self._delta: deque[float] = deque(maxlen=length)
-        self._slow: deque[float] = deque(maxlen=length)
-        self._far: deque[bool] = deque(maxlen=length)  # of recent partners with a plausible Δ: was φ beyond the limit?
-        self._accepted: dict[PeerId, int] = {}
-        self.refusals_in_a_row = 0
-        """Refused updates since the last accepted one. Many mean that WE are the odd one out: fetch the swarm's state."""
+        self.least_progress = 0.0
+        """Norm that counts as our own progress at least. Consolidation sets it, since it makes no progress of its own."""
+        self._is_open = config is None
+        self._config = config = config or AdmissionConfig()
+        self._delta: deque[float] = deque(maxlen=config.history)
+        self._slow: deque[float] = deque(maxlen=config.history)
+        self._own: deque[float] = deque(maxlen=config.history)
+        self._far: dict[PeerId, bool] = {}  # the partners met last and what they were then; the latest at the end
+        self._hopeless: deque[PeerId] = deque(maxlen=config.history)  # too far to be averaged with, in a row
+        self._familiarity = Familiarity(
+            newcomer_weight=config.newcomer_weight, num_exchanges=config.newcomer_exchanges, window=config.history
+        )
+
+    @property
+    def is_astray(self) -> bool:
+        """Whether we are the odd one out: the last partners, several different ones, were all too far to be averaged with."""
+        return len(self._hopeless) >= ASTRAY_MEETINGS and len(set(self._hopeless)) >= ASTRAY_PARTNERS
+
+    @property
+    def usual_distance(self) -> float:
+        """Median of ‖φj − φi‖ of the last accepted partners, or of our own ‖Δi‖ if that is more; 0 without any history."""
+        return max(_median(self._slow), _median(self._own))
 
     def judge(self, peer: PeerId, distances: Distances) -> Verdict:
-        """Decide about one update, and remember it when it is accepted."""
+        """Decide about one update, and remember it."""
+        if not (math.isfinite(distances.delta) and math.isfinite(distances.slow)):
+            if math.isinf(distances.slow):
+                self._note(peer, is_far=True, is_hopeless=True)
+            return Verdict.refused("values are not finite or overflow", distances)
+        if self._is_open:
+            return Verdict(kind="averaged", distances=distances)
         verdict = self._decide(peer, distances)
-        if verdict.kind == "refused":
-            self.refusals_in_a_row += 1
-            return verdict
-        self.refusals_in_a_row = 0
-        self._delta.append(distances.delta)
-        self._slow.append(distances.slow)
-        self._accepted[peer] = self._accepted.pop(peer, 0) + 1  # moves the peer to the end: most recently seen
-        if len(self._accepted) > _MAX_REMEMBERED_PEERS:
-            del self._accepted[next(iter(self._accepted))]
+        self._own.append(distances.own)
+        if verdict.kind != "refused":
+            self._delta.append(distances.delta)
+            self._slow.append(distances.slow)
+            self._familiarity.met(peer)
         return verdict
 
     def thresholds(self, own: float) -> tuple[float, float]:
         """(τΔ, τφ) for our own ‖Δi‖; infinite without a config."""
-        if self._config is None:
+        if self._is_open:
             return math.inf, math.inf
-        cap = self._config.clip_factor * own
-        floor = min(own, cap)
-        return (
-            min(max(statistics.median(self._delta), floor), cap) if self._delta else floor,
-            min(max(statistics.median(self._slow), floor), cap) if self._slow else floor,
-        )
+        progress = max(own, _median(self._own), self.least_progress)
+        cap = self._config.clip_factor * progress
+        floor = min(progress, cap)
+        return min(max(_median(self._delta), floor), cap), min(max(_median(self._slow), floor), cap)
+
+    def start_anew(self) -> None:
+        """The swarm's weights have replaced ours: who was near and who was far says nothing any more."""
+        self._slow.clear()
+        self._far.clear()
+        self._hopeless.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able history."""
-        return {"delta": list(self._delta), "slow": list(self._slow), "accepted": dict(self._accepted)}
+        return {
+            "delta": list(self._delta),
+            "slow": list(self._slow),
+            "own": list(self._own),
+            "far": dict(self._far),
+            "familiarity": self._familiarity.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -149,44 +188,49 @@ class Admission:
         Raises:
             ValueError: the history is malformed; nothing is changed.
         """
-        delta, slow, accepted = state.get("delta"), state.get("slow"), state.get("accepted")
-        if not _are_distances(delta) or not _are_distances(slow) or not isinstance(accepted, dict):
-            raise ValueError("admission history must hold two lists of finite distances and a table of peers")
-        if not all(isinstance(peer, str) and type(count) is int and count > 0 for peer, count in accepted.items()):
-            raise ValueError("admission history must map peers to positive numbers of exchanges")
-        self._delta = deque(delta, maxlen=self._delta.maxlen)
-        self._slow = deque(slow, maxlen=self._slow.maxlen)
-        self._accepted = {PeerId(peer): count for peer, count in list(accepted.items())[-_MAX_REMEMBERED_PEERS:]}
+        delta, slow, own = (_distances(state.get(name)) for name in ("delta", "slow", "own"))
+        far, familiarity = state.get("far"), state.get("familiarity")
+        if not isinstance(far, dict) or not isinstance(familiarity, dict):
+            raise ValueError("admission history must hold two tables of partners")
+        if not all(isinstance(peer, str) and isinstance(is_far, bool) for peer, is_far in far.items()):
+            raise ValueError("admission history must say of each partner whether it was far")
+        self._familiarity.load_state_dict(familiarity)
+        for own_history, loaded in ((self._delta, delta), (self._slow, slow), (self._own, own)):
+            own_history.clear()
+            own_history.extend(loaded)
+        self._far = {PeerId(peer): is_far for peer, is_far in list(far.items())[-self._config.history :]}
+        self._hopeless.clear()
 
     def _decide(self, peer: PeerId, distances: Distances) -> Verdict:
-        if not (math.isfinite(distances.delta) and math.isfinite(distances.slow)):
-            return Verdict.refused("values are not finite or overflow", distances)
-        tau_delta, tau_slow = self.thresholds(distances.own)
-        factor = self._config.reject_factor if self._config else 1.0
-        if distances.delta > factor * tau_delta:
-            return Verdict.refused("delta is too far from ours", distances)
-        self._far.append(distances.slow > factor * tau_slow)
-        if self._far[-1] and not self._are_we_the_odd_one_out():
-            return Verdict.refused("slow weights are too far from ours", distances)
-        delta_scale = _clip(distances.delta, tau_delta)
-        slow_scale = _clip(distances.slow, tau_slow)
+        taus = self.thresholds(distances.own)
+        factor = self._config.reject_factor
+        far_delta, far_slow = distances.delta > factor * taus[0], distances.slow > factor * taus[1]
+        self._note(peer, is_far=far_delta or far_slow, is_hopeless=distances.slow > MENDABLE_LIMITS * factor * taus[1])
+        is_implausible = distances.delta > IMPLAUSIBLE * taus[0]
+        if is_implausible or ((far_delta or far_slow) and self._are_others_near(peer)):
+            return Verdict.refused(f"{'delta is' if far_delta else 'slow weights are'} too far from ours", distances)
+        delta_scale, slow_scale = _clip(distances.delta, taus[0]), _clip(distances.slow, taus[1])
         return Verdict(
             kind="clipped" if min(delta_scale, slow_scale) < 1.0 else "averaged",
-            weight=self._weight(peer),
+            weight=self._familiarity.weight(peer),
             delta_scale=delta_scale,
             slow_scale=slow_scale,
             distances=distances,
         )
 
-    def _are_we_the_odd_one_out(self) -> bool:
-        assert self._config is not None
-        return sum(self._far) >= self._config.history * _ODD_ONE_OUT_SHARE
+    def _note(self, peer: PeerId, *, is_far: bool, is_hopeless: bool) -> None:
+        self._far.pop(peer, None)
+        self._far[peer] = is_far
+        if len(self._far) > self._config.history:
+            del self._far[next(iter(self._far))]
+        if is_hopeless:
+            self._hopeless.append(peer)
+        else:
+            self._hopeless.clear()
 
-    def _weight(self, peer: PeerId) -> float:
-        if self._config is None:
-            return 1.0
-        ramp = min(1.0, self._accepted.get(peer, 0) / self._config.newcomer_exchanges)
-        return self._config.newcomer_weight + (1.0 - self._config.newcomer_weight) * ramp
+    def _are_others_near(self, peer: PeerId) -> bool:
+        others = [is_far for other, is_far in self._far.items() if other != peer]
+        return others.count(False) > REFUSING_MAJORITY * len(others)
 
 
 def token_shares(own_tokens: int, partner_tokens: Sequence[int], config: AdmissionConfig | None) -> list[float]:
@@ -211,7 +255,11 @@ def _clip(distance: float, tau: float) -> float:
     return 1.0 if distance <= tau else tau / distance
 
 
-def _are_distances(values: object) -> TypeGuard[list[float]]:
-    return isinstance(values, list) and all(
-        isinstance(value, float) and math.isfinite(value) and value >= 0.0 for value in values
-    )
+def _median(values: Sequence[float] | deque[float]) -> float:
+    return statistics.median(values) if values else 0.0
+
+
+def _distances(values: object) -> list[float]:
+    if isinstance(values, list) and all(isinstance(v, float) and math.isfinite(v) and v >= 0.0 for v in values):
+        return values
+    raise ValueError("admission history must hold lists of finite distances")

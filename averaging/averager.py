@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -57,20 +57,28 @@ class Averager:
         transport: the network; its peer id must be the identity's.
         identity: signs offers and receipts.
         run: the run; also the shared randomness of the pairing.
-        payload_bytes: exact length of Δ and φ on the wire together.
+        payload_bytes: exact length of Δ and φ on the wire together: a number, or a function of the round (the same for rounds up
+            to `max_lag_rounds` apart).
         max_lag_rounds: largest difference of rounds between two partners.
     """
 
     def __init__(
-        self, *, transport: Transport, identity: Identity, run: RunId, payload_bytes: int, max_lag_rounds: int
+        self,
+        *,
+        transport: Transport,
+        identity: Identity,
+        run: RunId,
+        payload_bytes: int | Callable[[int], int],
+        max_lag_rounds: int,
     ) -> None:
         assert transport.peer_id == identity.peer_id
+        bytes_of_round = payload_bytes if callable(payload_bytes) else lambda round: payload_bytes
         self.violations: Counter[PeerId] = Counter()
         """Broken rules per peer since the start."""
         self._context = PeerContext(
             transport=transport,
             identity=identity,
-            terms=Terms(run=run, payload_bytes=payload_bytes, max_lag_rounds=max_lag_rounds),
+            terms=Terms(run=run, payload_bytes=bytes_of_round, max_lag_rounds=max_lag_rounds),
             violations=self.violations,
         )
         self._door = Door(terms=self._context.terms, identity=identity, violations=self.violations)
@@ -152,7 +160,7 @@ class Averager:
         return [swap.result() for swap in swaps]
 
     async def _describe(self, update: Update) -> Progress:
-        assert update.num_bytes == self._context.terms.payload_bytes
+        assert update.num_bytes == self._context.terms.payload_bytes(update.round)
         return await describe(update)
 
 

@@ -1,136 +1,67 @@
-"""How a flat fp32 vector becomes bytes on the wire: fp32, bf16 or q8, all little-endian.
+"""How a flat fp32 vector becomes bytes on the wire, all little-endian.
 
-The byte count follows from the number of elements alone, so it comes from the manifest and never from the wire. All methods
-work on slices, tile by tile, into buffers that exist already. Decoding checks nothing but the length: values may be NaN
-or huge, and judging them is admission's work.
+| name    | bytes per value | what                                                         | Δ | φ, θ |
+|---------|-----------------|--------------------------------------------------------------|---|------|
+| fp32    | 4               | as it is                                                     | x | x    |
+| bf16    | 2               | 8 significant bits                                           | x | x    |
+| q8      | 1.008           | 8-bit integers, a scale per 256                              | x | x    |
+| q4      | 0.531           | 4-bit integers, a scale per 64                               | x | x    |
+| e3m0    | 0.531           | sign and power of two, a scale per 64                        | x |      |
+| topk    | 0.028           | the 64 largest of 4096, at two levels                        | x |      |
+| lattice | 0.516           | where in a window a value lies; needs a receiver that is near |   | x    |
+
+The byte count follows from the number of elements alone, so it comes from the manifest and never from the wire. Decoding
+checks nothing but the length: values may be NaN or huge, and judging them is admission's work.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from kernels.quantize import q8_decode, q8_decode_add, q8_encode, q8_num_bytes
+from averaging.codec_blocks import E3M0Codec, LatticeCodec, Q4Codec, Q8Codec, Rounding, TopkCodec
+from averaging.codec_interface import Bf16Codec, Codec, Fp32Codec
 from protocol.errors import ProtocolError
 
-__all__ = ["Bf16Codec", "Codec", "Fp32Codec", "Q8Codec", "codec_named", "payload_tensor"]
+__all__ = ["DELTA_CODECS", "SLOW_CODECS", "Codec", "Rounding", "codec_named", "payload_tensor"]
+
+DELTA_CODECS = ("fp32", "bf16", "q8", "q4", "e3m0", "topk")
+"""Formats for Δ. The lattice is not among them: partners' Δ are not near each other."""
+
+SLOW_CODECS = ("fp32", "bf16", "q8", "q4", "lattice")
+"""Formats for φ and θ, which are never sparsified."""
 
 
-class Codec(ABC):
-    """One wire format. In all methods `payload` is the uint8 payload of the WHOLE vector, and `start` is where the given slice
-    begins in that vector: a multiple of 256; only the last slice may have a length that is not."""
-
-    name: ClassVar[str]
-    lossy: ClassVar[bool]
-    """Whether decoding may give other values than were encoded."""
-
-    @abstractmethod
-    def num_bytes(self, numel: int) -> int:
-        """Exact payload length for `numel` elements."""
-
-    @abstractmethod
-    def encode(self, x: Tensor, payload: Tensor, *, start: int = 0, scratch: Tensor | None = None) -> None:
-        """Write x (fp32 [n]) into the payload; `scratch` is fp32 [≥ n] working memory apart from x."""
-
-    @abstractmethod
-    def decode(self, payload: Tensor, out: Tensor, *, start: int = 0) -> None:
-        """out (fp32 [n]) ← decoded slice."""
-
-    @abstractmethod
-    def decode_add(
-        self, payload: Tensor, out: Tensor, *, weight: float, start: int = 0, scratch: Tensor | None = None
-    ) -> None:
-        """out (fp32 [n]) ← out + weight × decoded slice; `scratch` is fp32 [≥ n] apart from out."""
-
-
-class _CastCodec(Codec):
-    """A plain floating-point type."""
-
-    dtype: ClassVar[torch.dtype]
-
-    def num_bytes(self, numel: int) -> int:
-        return numel * self.dtype.itemsize
-
-    def encode(self, x: Tensor, payload: Tensor, *, start: int = 0, scratch: Tensor | None = None) -> None:
-        self._slice(payload, start, x.numel()).copy_(x)
-
-    def decode(self, payload: Tensor, out: Tensor, *, start: int = 0) -> None:
-        out.copy_(self._slice(payload, start, out.numel()))
-
-    def decode_add(
-        self, payload: Tensor, out: Tensor, *, weight: float, start: int = 0, scratch: Tensor | None = None
-    ) -> None:
-        out.add_(self._slice(payload, start, out.numel()), alpha=weight)
-
-    def _slice(self, payload: Tensor, start: int, numel: int) -> Tensor:
-        return payload.view(self.dtype)[start : start + numel]
-
-
-class Fp32Codec(_CastCodec):
-    """Four bytes per element, exact."""
-
-    name = "fp32"
-    lossy = False
-    dtype = torch.float32
-
-
-class Bf16Codec(_CastCodec):
-    """Two bytes per element, 8 significant bits, the range of fp32."""
-
-    name = "bf16"
-    lossy = True
-    dtype = torch.bfloat16
-
-
-class Q8Codec(Codec):
-    """1.008 bytes per element, see kernels/quantize.py.
-
-    Args:
-        compiled: run the kernels through torch.compile (same bytes, half a minute at the first use).
-    """
-
-    name = "q8"
-    lossy = True
-
-    def __init__(self, *, compiled: bool = False) -> None:
-        self._compiled = compiled
-
-    def num_bytes(self, numel: int) -> int:
-        return q8_num_bytes(numel)
-
-    def encode(self, x: Tensor, payload: Tensor, *, start: int = 0, scratch: Tensor | None = None) -> None:
-        q8_encode(x, out=payload, start=start, scratch=scratch, compiled=self._compiled)
-
-    def decode(self, payload: Tensor, out: Tensor, *, start: int = 0) -> None:
-        q8_decode(payload, out, start=start, compiled=self._compiled)
-
-    def decode_add(
-        self, payload: Tensor, out: Tensor, *, weight: float, start: int = 0, scratch: Tensor | None = None
-    ) -> None:
-        q8_decode_add(payload, out, weight=weight, start=start, scratch=scratch, compiled=self._compiled)
-
-
-def codec_named(name: str, *, compiled: bool = False) -> Codec:
+def codec_named(name: str, *, compiled: bool = False, rounding: Rounding = "nearest") -> Codec:
     """The codec that a manifest names.
 
     Args:
-        name: fp32, bf16 or q8.
+        name: one of DELTA_CODECS or SLOW_CODECS.
         compiled: whether codecs with kernels of their own take the compiled route.
+        rounding: stochastic for q8 and q4 where no error feedback carries over what rounding loses.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a codec that has no stochastic rounding.
     """
+    if rounding == "stochastic" and name not in ("q8", "q4"):
+        raise ValueError(f"codec {name!r} has no stochastic rounding; use q8 or q4, or rounding='nearest'")
     match name:
         case "fp32":
             return Fp32Codec()
         case "bf16":
             return Bf16Codec()
         case "q8":
-            return Q8Codec(compiled=compiled)
-    raise ValueError(f"unknown codec {name!r}; known are fp32, bf16, q8")
+            return Q8Codec(compiled=compiled, rounding=rounding)
+        case "q4":
+            return Q4Codec(compiled=compiled, rounding=rounding)
+        case "e3m0":
+            return E3M0Codec(compiled=compiled)
+        case "topk":
+            return TopkCodec()
+        case "lattice":
+            return LatticeCodec(compiled=compiled)
+    known = ", ".join(dict.fromkeys(DELTA_CODECS + SLOW_CODECS))
+    raise ValueError(f"unknown codec {name!r}; known are {known}")
 
 
 def payload_tensor(data: memoryview | bytes | bytearray, *, num_bytes: int, device: torch.device) -> Tensor:

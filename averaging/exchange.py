@@ -14,6 +14,7 @@ bug and raises AssertionError.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -86,12 +87,12 @@ class Terms:
 
     Args:
         run: the run.
-        payload_bytes: exact length of every payload (Δ and φ together).
+        payload_bytes: round → exact length of its payload (Δ and φ together); the same for all rounds that may meet.
         max_lag_rounds: largest difference of the two rounds.
     """
 
     run: RunId
-    payload_bytes: int
+    payload_bytes: Callable[[int], int]
     max_lag_rounds: int
 
 
@@ -188,7 +189,7 @@ class Exchange:
             sender_nonce=self._nonce,
             receiver_nonce=self._partner_nonce,
             tokens=self._progress.tokens,
-            num_bytes=self._terms.payload_bytes,
+            num_bytes=self._num_bytes(),
             delta_digest=self._progress.delta_digest,
             base_digest=self._progress.base_digest,
             signature=bytes(64),
@@ -213,21 +214,21 @@ class Exchange:
         self._demand(message.receiver_nonce == self._nonce, "replayed offer")
         self._demand(message.round == self._partner_round, "offer of another round than agreed")
         self._demand(lag <= self._terms.max_lag_rounds, "offer outside the window of rounds")
-        self._demand(message.num_bytes == self._terms.payload_bytes, "offer of a wrong length")
+        self._demand(message.num_bytes == self._num_bytes(), "offer of a wrong length")
         signed = verify(self.partner, _OFFER_DOMAIN, message.statement(), message.signature)
         self._demand(signed, "offer with a bad signature")
         self._their_offer = message
         self._step(Event.RECEIVE_OFFER)
 
     def receive_payload(self, *, num_bytes: int, delta_digest: bytes, base_digest: bytes) -> None:
-        """Check what arrived, by its length and SHA-256 digests, against the partner's offer.
+        """Check what arrived, by its length and digests, against the partner's offer.
 
         Raises:
             ProtocolError: it is not what was signed.
         """
         self._allow(Event.RECEIVE_PAYLOAD)
         assert self._their_offer is not None
-        self._demand(num_bytes == self._terms.payload_bytes, "payload of a wrong length")
+        self._demand(num_bytes == self._num_bytes(), "payload of a wrong length")
         self._demand(delta_digest == self._their_offer.delta_digest, "delta does not match its offer")
         self._demand(base_digest == self._their_offer.base_digest, "slow weights do not match their offer")
         self._step(Event.RECEIVE_PAYLOAD)
@@ -273,6 +274,10 @@ class Exchange:
         """The partner's claim of tokens behind its Δ."""
         assert self._their_offer is not None
         return self._their_offer.tokens
+
+    def _num_bytes(self) -> int:
+        assert self._progress is not None
+        return self._terms.payload_bytes(self._progress.round)
 
     def _step(self, event: Event) -> None:
         assert (self.state, event) in TRANSITIONS, f"local bug: {event.value} in state {self.state.value}"

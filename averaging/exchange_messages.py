@@ -15,11 +15,12 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Literal
 
+from blake3 import blake3
 from pydantic import Field
 
 from protocol.wire import Message, pack
 
-__all__ = ["NONCE_BYTES", "Ack", "Answer", "Offer", "Propose", "RejectReason"]
+__all__ = ["NONCE_BYTES", "Ack", "Answer", "Offer", "Propose", "RejectReason", "payload_hash"]
 
 NONCE_BYTES = 16
 
@@ -34,6 +35,15 @@ RejectReason = Literal["matched", "busy", "other-round", "passed", "too-far", "u
 """matched: has a partner for this round. busy: its deadline passed, or it holds too many proposals. other-round: you expected
 another round of me; think again. passed: your round is behind me. too-far: our rounds differ too much. unknown: you are not
 among my candidates. wrong-run: I train another run."""
+
+
+def payload_hash(data: bytes | memoryview = b"") -> blake3:
+    """The hash of payloads, begun with `data`: BLAKE3, of which an Offer signs the first 32 bytes.
+
+    Every byte is hashed on both sides, so its cost counts: 6.6 GB/s on one core, where SHA-256 in hardware does 1.2 and BLAKE2b
+    0.9 (2-core x86 with AVX-512; with SHA-256 hashing took as long as half the encryption).
+    """
+    return blake3(data)
 
 
 class Propose(Message):
@@ -74,9 +84,9 @@ class Offer(Message):
     tokens: Count
     num_bytes: Count
     delta_digest: Digest
-    """SHA-256 of the encoded Δ."""
+    """`payload_hash` of the encoded Δ."""
     base_digest: Digest
-    """SHA-256 of the encoded φ, the base to which Δ belongs."""
+    """`payload_hash` of the encoded φ, the base to which Δ belongs."""
     signature: Signature
 
     def statement(self) -> bytes:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from averaging.admission import AdmissionConfig, Verdict, token_shares
+from averaging.admission import Admission, Distances, Verdict, token_shares
 from averaging.codec import payload_tensor
-from averaging.update import RemoteUpdate
+from averaging.replica_config import ReplicaConfig
+from averaging.update import RemoteUpdate, Update
 from protocol.errors import ProtocolError
 from protocol.ids import PeerId
 
-__all__ = ["Partner", "TileNorm", "read_partners", "weigh_partners"]
+__all__ = ["Measurement", "Partner", "TileNorm", "read_partners", "weigh_partners"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +26,16 @@ class Partner:
     Args:
         peer: who sent them.
         tokens: its claim of tokens.
+        lag_rounds: rounds between its own and ours, in either direction.
         delta: uint8 payload of Δ on our device; empty when Δ does not travel.
-        slow: uint8 payload of φ on our device; empty when φ does not travel.
+        slow: uint8 payload of φ or θ on our device; empty when neither travels.
         delta_factor: what multiplies Δj − Δi in the step.
         slow_factor: what multiplies φj − φi in the step.
     """
 
     peer: PeerId
     tokens: int
+    lag_rounds: int
     delta: Tensor
     slow: Tensor
     delta_factor: float = 0.0
@@ -54,14 +58,49 @@ class TileNorm:
         return float(torch.stack(self._squares).double().sum().sqrt()) if self._squares else 0.0
 
 
+@dataclass(slots=True)
+class Measurement:
+    """What one pass over a partner's payloads finds.
+
+    Args:
+        delta: norm of Δj − Δi.
+        slow: norm of φj − φi.
+        num_unreadable: blocks of φ that the lattice codec could not tell.
+        num_blocks: blocks of φ in all.
+    """
+
+    delta: TileNorm = field(default_factory=TileNorm)
+    slow: TileNorm = field(default_factory=TileNorm)
+    num_unreadable: int = 0
+    num_blocks: int = 0
+
+    @property
+    def is_too_far(self) -> bool:
+        """Whether so little could be read that nothing of it should be used."""
+        return 2 * self.num_unreadable > self.num_blocks
+
+    def judge(self, peer: PeerId, *, own: float, admission: Admission) -> Verdict:
+        """Ask admission; a partner that is too far to be read is infinitely far.
+
+        Args:
+            own: ‖Δi‖.
+        """
+        slow = math.inf if self.is_too_far else self.slow.total()
+        verdict = admission.judge(peer, Distances(delta=self.delta.total(), slow=slow, own=own))
+        if self.is_too_far:
+            return replace(verdict, reason="replicas are too far apart for the lattice codec")
+        return verdict
+
+
 def read_partners(
-    updates: Sequence[RemoteUpdate], *, num_bytes: tuple[int, int], device: torch.device
+    updates: Sequence[RemoteUpdate], *, own: Update, num_fragments: int, device: torch.device
 ) -> tuple[list[Partner], dict[PeerId, Verdict]]:
     """Bytes to tensors.
 
     Args:
         updates: as received.
-        num_bytes: exact lengths of (Δ, φ).
+        own: our update of this round, whose lengths and fragment theirs must have.
+        num_fragments: F.
         device: where the step runs.
 
     Returns:
@@ -70,37 +109,38 @@ def read_partners(
     readable: list[Partner] = []
     refused: dict[PeerId, Verdict] = {}
     for update in updates:
+        lag_rounds = abs(update.round - own.round)
+        if lag_rounds % num_fragments:
+            refused[update.peer] = Verdict.refused(f"round {update.round} has another fragment than round {own.round}")
+            continue
         try:
-            delta = payload_tensor(update.delta, num_bytes=num_bytes[0], device=device)
-            slow = payload_tensor(update.slow, num_bytes=num_bytes[1], device=device)
+            delta = payload_tensor(update.delta, num_bytes=own.delta.nbytes, device=device)
+            slow = payload_tensor(update.slow, num_bytes=own.slow.nbytes, device=device)
         except ProtocolError as error:
             refused[update.peer] = Verdict.refused(error.reason)
         else:
-            readable.append(Partner(update.peer, update.tokens, delta, slow))
+            readable.append(Partner(update.peer, update.tokens, lag_rounds, delta, slow))
     return readable, refused
 
 
 def weigh_partners(
-    partners: Sequence[Partner],
-    verdicts: Mapping[PeerId, Verdict],
-    *,
-    own_tokens: int,
-    config: AdmissionConfig | None,
+    partners: Sequence[Partner], verdicts: Mapping[PeerId, Verdict], *, own_tokens: int, config: ReplicaConfig
 ) -> list[Partner]:
-    """The accepted partners with their factors: tokens weigh Δ, heads weigh φ, both times newcomer weight and clipping."""
+    """The accepted partners with their factors: tokens weigh Δ, heads weigh φ, both times newcomer weight, clipping and age.
+
+    Both ends of a pair see the same lag, so its decay does not disturb the mean of φ.
+    """
     accepted = [partner for partner in partners if verdicts[partner.peer].kind != "refused"]
-    shares = token_shares(own_tokens, [partner.tokens for partner in accepted], config)
+    shares = token_shares(own_tokens, [partner.tokens for partner in accepted], config.admission)
     weighed = []
     for partner, share in zip(accepted, shares, strict=True):
         verdict = verdicts[partner.peer]
+        weight = verdict.weight * config.lag_decay**partner.lag_rounds
         weighed.append(
-            Partner(
-                partner.peer,
-                partner.tokens,
-                partner.delta,
-                partner.slow,
-                delta_factor=share * verdict.weight * verdict.delta_scale,
-                slow_factor=verdict.weight * verdict.slow_scale / (1 + len(accepted)),
+            replace(
+                partner,
+                delta_factor=share * weight * verdict.delta_scale,
+                slow_factor=weight * verdict.slow_scale / (1 + len(accepted)),
             )
         )
     return weighed

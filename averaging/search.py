@@ -11,14 +11,14 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from averaging.door import Suitor
 from averaging.exchange import Exchange, Progress, Terms
 from averaging.exchange_messages import Answer, Offer
 from averaging.pairing import Accept, Action, Alone, Matcher, Propose, Reject, Withdraw
-from averaging.swap import swap_offers, swap_payloads
+from averaging.swap import SideBuffer, swap_offers, swap_payloads
 from averaging.update import RemoteUpdate, Update
 from protocol.errors import DeadlineError, LlmNodeError, ProtocolError
 from protocol.identity import Identity
@@ -44,6 +44,8 @@ class PeerContext:
     identity: Identity
     terms: Terms
     violations: Counter[PeerId]
+    side_buffer: SideBuffer = field(default_factory=SideBuffer)
+    """For the payload of a pair's other half; there is one pair at a time."""
 
     def blame(self, error: LlmNodeError, peer: PeerId) -> None:
         """Count the error against `peer` if it is a violation."""
@@ -240,7 +242,8 @@ class Search:
         try:
             if not await self._settle(pairing):
                 return None
-            remote = await swap_payloads(pairing.stream, pairing.exchange, self._update)
+            buffer = self._context.side_buffer
+            remote = await swap_payloads(pairing.stream, pairing.exchange, self._update, buffer=buffer)
             return Ending(outcome="averaged", partner=peer, remote=remote)
         except DeadlineError:
             return Ending(outcome="timeout", partner=peer)

@@ -1,87 +1,89 @@
-"""8-bit blockwise quantisation (format Q8), the wire format of Δ.
+"""Blockwise quantisation to signed integers: eight bits (format Q8) and four (Q4); E3M0 has the same fields.
 
-    payload = scales (bfloat16, one per block, little-endian) | codes (int8, 256 per block, the last block padded with 0)
-    scale   = bfloat16(max|x| / 127)        code = round-half-even(x / scale)        value = code × scale
+    payload = scales (bfloat16, one per block, little-endian) | codes; the last block is padded with 0
+    scale   = bfloat16(max|x| / M), M = 127 or 7        code = round-half-even(x / scale)        value = code × scale
+    Q8 code: int8, 256 per block    Q4 code: code + 7 in four bits, 64 per block    E3M0: see kernels/powers.py
 
-Codes are computed from the rounded scale, so the scale's own rounding adds no error. Rounding is to nearest, not
-stochastic: whoever sends Δ carries the error over to the next round (error feedback), which is unbiased over time
-and less noisy. A block that holds NaN or Inf decodes to a block that holds NaN or Inf; receivers must check.
+Codes are computed from the rounded scale, so the scale's own rounding adds no error. Rounding is to nearest where what it loses
+is carried over to the next round (error feedback: unbiased over time, less noise), and stochastic where nothing carries it:
+code = floor(x / scale + noise), unbiased in the value, with the scale rounded up so that no code needs clamping. A
+block that holds NaN or Inf decodes to a block that holds NaN or Inf; receivers must check.
 
-Each kernel is one plain function over whole blocks, used twice: eagerly, tile by tile with a scratch tile that stays in
-cache (whole-tensor temporaries would cost three times the time), and through torch.compile over the whole slice.
-`q8_encode_reference` and `q8_decode_reference` say the same in the most obvious way, for the tests.
+`encode_reference` and `decode_reference` say the same in the most obvious way, for the tests.
 
-Shape legend: N elements, B blocks of 256.
+Shape legend: N elements, B blocks of n elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import compiled_version, tile_numel
-from kernels.formats import Q8
+from kernels.blocks import SMALLEST_NORMAL, nibbles, pack_nibbles, rounded_to_bfloat16, split_fields, tiles
+from kernels.dispatch import compiled_version
+from kernels.formats import Q4, Q8, BlockFormat
+from kernels.powers import e3m0_decode_add_blocks, e3m0_decode_blocks, e3m0_encode_blocks
+from kernels.rounding import noise, noise_key
 
-__all__ = [
-    "q8_decode",
-    "q8_decode_add",
-    "q8_decode_reference",
-    "q8_encode",
-    "q8_encode_reference",
-    "q8_num_bytes",
-]
-
-_BLOCK = Q8.block_size
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+__all__ = ["decode", "decode_add", "decode_reference", "encode", "encode_reference"]
 
 
-def q8_num_bytes(numel: int) -> int:
-    """Exact payload bytes for `numel` elements."""
-    return Q8.num_bytes(numel)
-
-
-def q8_encode(x: Tensor, *, out: Tensor, start: int = 0, scratch: Tensor | None = None, compiled: bool = False) -> None:
+def encode(
+    x: Tensor,
+    block_format: BlockFormat,
+    *,
+    out: Tensor,
+    start: int = 0,
+    scratch: Tensor | None = None,
+    compiled: bool = False,
+    seed: int | None = None,
+) -> None:
     """Encode a tensor, or one slice of it, into a payload.
 
     Args:
         x: fp32 [N], contiguous.
+        block_format: Q8, Q4 or E3M0.
         out: uint8 payload of the WHOLE tensor.
-        start: position of x[0] in the whole tensor, a multiple of 256; x must end at a multiple of 256 or at the end.
+        start: position of x[0] in the whole tensor, a multiple of the block size; x must end at such a multiple or at the end.
         scratch: fp32 working memory of at least one tile (`dispatch.tile_numel`) or N, contiguous, apart from x; allocated
             when absent.
         compiled: take the compiled route (same bytes).
+        seed: round stochastically with this seed (Q8 and Q4); None: to nearest.
     """
-    encode = compiled_version(_encode_blocks) if compiled else _encode_blocks
-    scratch = None if compiled else _working_memory(scratch, x)
-    for values, scales, codes in _tiles(x, out, start, compiled):
-        encode(values, scales, codes, None if scratch is None else scratch[: values.numel()])
-    if tail := x.numel() % _BLOCK:
-        _encode_blocks(_padded(x[-tail:]), *_last_block(out))
+    eager = _ENCODE[block_format.name]
+    encode_blocks = compiled_version(eager) if compiled else eager
+    for tile in tiles((x,), _fields(out, block_format), block_format, start=start, compiled=compiled, scratch=scratch):
+        kernel = eager if tile.padded else encode_blocks
+        key = None if seed is None else noise_key(seed, tile.first, x.device)
+        scales, codes = tile.fields
+        kernel(tile.vectors[0], scales, codes, key, tile.scratch)
 
 
-def q8_decode(payload: Tensor, out: Tensor, *, start: int = 0, compiled: bool = False) -> None:
+def decode(payload: Tensor, out: Tensor, block_format: BlockFormat, *, start: int = 0, compiled: bool = False) -> None:
     """Decode a payload, or one slice of it: out ← values.
 
     Args:
-        payload: uint8 payload of the WHOLE tensor; its length must be `q8_num_bytes` of that tensor.
+        payload: uint8 payload of the WHOLE tensor.
         out: fp32 [N], contiguous.
-        start: position of out[0] in the whole tensor, a multiple of 256; the slice ends at a multiple of 256 or the end.
+        block_format: Q8, Q4 or E3M0.
+        start: position of out[0] in the whole tensor, as in `encode`.
         compiled: take the compiled route (same values).
     """
-    decode = compiled_version(_decode_blocks) if compiled else _decode_blocks
-    for values, scales, codes in _tiles(out, payload, start, compiled):
-        decode(scales, codes, values)
-    if tail := out.numel() % _BLOCK:
-        padded = _padded(out[-tail:])
-        _decode_blocks(*_last_block(payload), padded)
-        out[-tail:] = padded[:tail]
+    eager = _DECODE[block_format.name]
+    decode_blocks = compiled_version(eager) if compiled else eager
+    fields = _fields(payload, block_format)
+    for tile in tiles((out,), fields, block_format, start=start, compiled=compiled, writes=True):
+        kernel = eager if tile.padded else decode_blocks
+        scales, codes = tile.fields
+        kernel(scales, codes, tile.vectors[0])
 
 
-def q8_decode_add(
+def decode_add(
     payload: Tensor,
     out: Tensor,
+    block_format: BlockFormat,
     *,
     weight: float,
     start: int = 0,
@@ -91,121 +93,129 @@ def q8_decode_add(
     """Decode and accumulate: out ← out + code × (scale × weight).
 
     Args:
-        payload, out, start, compiled: as in `q8_decode`.
+        payload, out, block_format, start, compiled: as in `decode`.
         weight: factor on the decoded values.
-        scratch: as in `q8_encode`, apart from `out`.
+        scratch: as in `encode`, apart from `out`.
     """
-    add = compiled_version(_decode_add_blocks) if compiled else _decode_add_blocks
-    scratch = None if compiled else _working_memory(scratch, out)
+    eager = _DECODE_ADD[block_format.name]
+    add_blocks = compiled_version(eager) if compiled else eager
     # As a tensor, so that a new weight is an input of the compiled code and not a constant in it.
     factor = torch.tensor(weight, dtype=torch.float32, device=out.device)
-    for values, scales, codes in _tiles(out, payload, start, compiled):
-        add(scales, codes, values, factor, None if scratch is None else scratch[: values.numel()])
-    if tail := out.numel() % _BLOCK:
-        padded = _padded(out[-tail:])
-        _decode_add_blocks(*_last_block(payload), padded, factor)
-        out[-tail:] = padded[:tail]
+    fields = _fields(payload, block_format)
+    for tile in tiles((out,), fields, block_format, start=start, compiled=compiled, scratch=scratch, writes=True):
+        kernel = eager if tile.padded else add_blocks
+        scales, codes = tile.fields
+        kernel(scales, codes, tile.vectors[0], factor, tile.scratch)
 
 
-def q8_encode_reference(x: Tensor) -> Tensor:
-    """The plain form of `q8_encode`: fp32 [N] → uint8 payload. Slow, with whole-tensor temporaries."""
-    num_blocks = Q8.num_blocks(x.numel())
-    padded = torch.zeros(num_blocks * _BLOCK, device=x.device)
-    padded[: x.numel()] = x
-    blocks = padded.view(num_blocks, _BLOCK)
-    scales = (blocks.abs().amax(dim=1) * (1 / Q8.max_code)).bfloat16()
+def encode_reference(x: Tensor, block_format: BlockFormat) -> Tensor:
+    """The plain form of `encode` to nearest: fp32 [N] → uint8 payload. Slow, with whole-tensor temporaries."""
+    num_blocks, size = block_format.num_blocks(x.numel()), block_format.block_size
+    largest_code = 127 if block_format == Q8 else 7
+    blocks = torch.zeros(num_blocks, size, device=x.device)
+    blocks.view(-1)[: x.numel()] = x
+    scales = (blocks.abs().amax(dim=1, keepdim=True) * (1 / largest_code)).bfloat16()
     step = scales.float()
-    inverse = torch.where(step >= _SMALLEST_NORMAL, 1 / step, torch.zeros_like(step))
-    codes = (blocks * inverse[:, None]).round().clamp(-Q8.max_code, Q8.max_code).to(torch.int8)
-    return torch.cat([scales.view(torch.uint8), codes.flatten().view(torch.uint8)])
+    inverse = torch.where(step >= SMALLEST_NORMAL, 1 / step, torch.zeros_like(step))
+    codes = (blocks * inverse).round().clamp(-largest_code, largest_code).to(torch.int8)
+    if block_format == Q4:
+        shifted = (codes + 7).view(torch.uint8)
+        codes = (shifted[:, :32] + 16 * shifted[:, 32:]).view(torch.int8)
+    return torch.cat([scales.view(torch.uint8).flatten(), codes.view(torch.uint8).flatten()])
 
 
-def q8_decode_reference(payload: Tensor, numel: int) -> Tensor:
-    """The plain form of `q8_decode`: uint8 payload → fp32 [N]."""
-    scales, codes = _fields(payload)
-    return (codes.view(-1, _BLOCK).float() * scales.float()[:, None]).flatten()[:numel]
+def decode_reference(payload: Tensor, numel: int, block_format: BlockFormat) -> Tensor:
+    """The plain form of `decode`: uint8 payload → fp32 [N]."""
+    scales, codes = _fields(payload, block_format)
+    if block_format == Q4:
+        codes = torch.cat([codes % 16, codes // 16], dim=1).to(torch.int8) - 7
+    return (codes.float() * scales.float()).flatten()[:numel]
 
 
-def _encode_blocks(x: Tensor, scales: Tensor, codes: Tensor, scratch: Tensor | None = None) -> None:
-    """x fp32 [N] → scales bfloat16 [B], codes int8 [N], with N = 256·B.
+def _scale_blocks(
+    blocks: Tensor, scales: Tensor, largest_code: int, key: Tensor | None, scratch: Tensor | None
+) -> Tensor:
+    """x [B, n] → scales bfloat16 [B, 1]; returns the codes, fp32 [B, n], in scratch.
 
-    Without clamping: scale ≥ (1 − 2⁻⁹)·max|x|/127, so that |x|/scale ≤ 127.25, which rounds to 127.
+    To nearest without clamping: scale ≥ (1 − 2⁻⁹)·max|x|/M, so that |x|/scale ≤ 127.25 or 7.02, which rounds to M.
     """
-    shape = (
-        scales.numel(),
-        _BLOCK,
-    )  # here and in terms of one size: only then does compiled code fuse all steps into one pass
-    blocks = x.view(shape)
-    scratch = None if scratch is None else scratch.view(shape)
     # abs then amax: measured 4× faster than aminmax and 7× faster than the infinity norm, which torch does not vectorise.
-    step = _rounded_to_bfloat16(torch.amax(torch.abs(blocks, out=scratch), dim=1) * (1 / Q8.max_code))
+    exact = torch.amax(torch.abs(blocks, out=scratch), dim=1, keepdim=True) * (1 / largest_code)
+    # Rounding to bfloat16 lowers a value by 2⁻⁸ of itself at most, so that with the factor |x|/scale < M. The 2⁻²⁰ is for fp32.
+    step = rounded_to_bfloat16(exact if key is None else exact * (1 + 2.0**-8 + 2.0**-20))
     scales.copy_(step)
-    # A subnormal step has lost its precision and its inverse overflows: such a block (max|x| < 1.5e-36) becomes zero.
-    inverse = torch.where(step >= _SMALLEST_NORMAL, 1 / step, torch.zeros_like(step))
-    scaled = torch.mul(blocks, inverse[:, None], out=scratch)
-    codes.view(shape).copy_(torch.round(scaled, out=scratch))
+    # A subnormal step has lost its precision and its inverse overflows: such a block becomes zero.
+    inverse = torch.where(step >= SMALLEST_NORMAL, 1 / step, torch.zeros_like(step))
+    scaled = torch.mul(blocks, inverse, out=scratch)
+    if key is None:
+        return torch.round(scaled, out=scratch)
+    noisy = torch.add(scaled, noise(key, blocks.numel()).view(blocks.shape), out=scratch)
+    return torch.floor(noisy, out=scratch)
 
 
-def _rounded_to_bfloat16(x: Tensor) -> Tensor:
-    """Non-negative fp32 values rounded half-even to bfloat16's precision, in fp32.
-
-    By integer arithmetic, since torch.compile drops a cast to bfloat16 and back, and would take the unrounded scale.
-    """
-    bits = x.view(torch.int32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
-    return torch.where(x < torch.inf, rounded, x)  # the carry would turn some NaN into zero
-
-
-def _decode_blocks(scales: Tensor, codes: Tensor, out: Tensor) -> None:
-    """scales bfloat16 [B], codes int8 [N] → out fp32 [N]."""
-    shape = scales.numel(), _BLOCK
-    torch.mul(codes.view(shape), scales.float()[:, None], out=out.view(shape))
-
-
-def _decode_add_blocks(
-    scales: Tensor, codes: Tensor, out: Tensor, weight: Tensor, scratch: Tensor | None = None
-) -> None:
-    """out fp32 [N] += codes × (scales × weight); two operations, so that no route rounds only once."""
-    shape = scales.numel(), _BLOCK
+def _q8_encode_blocks(x: Tensor, scales: Tensor, codes: Tensor, key: Tensor | None, scratch: Tensor | None) -> None:
+    """x fp32 [N] → scales bfloat16 [B, 1], codes int8 [B, 256]."""
+    shape = (
+        len(scales),
+        Q8.block_size,
+    )  # in terms of one size: only then does compiled code fuse all steps into one pass
     scratch = None if scratch is None else scratch.view(shape)
-    value = torch.mul(codes.view(shape), (scales.float() * weight)[:, None], out=scratch)
-    out.view(shape).add_(value)
+    codes.copy_(_scale_blocks(x.view(shape), scales, 127, key, scratch))
 
 
-def _fields(payload: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a payload: scales bfloat16 [B] and codes int8 [256·B]."""
-    split = payload.numel() // (_BLOCK + Q8.scale_bytes) * Q8.scale_bytes
-    return payload[:split].view(torch.bfloat16), payload[split:].view(torch.int8)
+def _q4_encode_blocks(x: Tensor, scales: Tensor, codes: Tensor, key: Tensor | None, scratch: Tensor | None) -> None:
+    """x fp32 [N] → scales bfloat16 [B, 1], codes uint8 [B, 32]."""
+    shape = len(scales), Q4.block_size
+    scratch = None if scratch is None else scratch.view(shape)
+    values = _scale_blocks(x.view(shape), scales, 7, key, scratch)
+    pack_nibbles(torch.add(values, 7, out=scratch).to(torch.uint8), codes)
 
 
-def _tiles(x: Tensor, payload: Tensor, start: int, compiled: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(values, scales, codes) of the whole blocks in slice x. Compiled code takes them all at once: it keeps intermediate
-    values in registers."""
-    scales, codes = _fields(payload)
-    assert payload.dtype == torch.uint8, "a payload is uint8"
-    assert start % _BLOCK == 0, f"a slice must start at a multiple of {_BLOCK}, not at {start}"
-    end = start + Q8.num_blocks(x.numel()) * _BLOCK
-    assert end <= codes.numel(), "slice lies beyond the payload"
-    assert x.numel() % _BLOCK == 0 or end == codes.numel(), "only the last block may be short"
-    whole = x.numel() // _BLOCK * _BLOCK
-    step = max(whole, 1) if compiled else tile_numel(x.device)
-    for begin in range(0, whole, step):
-        end = min(begin + step, whole)
-        first, last = start + begin, start + end
-        yield x[begin:end], scales[first // _BLOCK : last // _BLOCK], codes[first:last]
+def _q8_decode_blocks(scales: Tensor, codes: Tensor, out: Tensor) -> None:
+    """scales bfloat16 [B, 1], codes int8 [B, 256] → out fp32 [N]."""
+    torch.mul(codes, scales.float(), out=out.view(len(scales), Q8.block_size))
 
 
-def _last_block(payload: Tensor) -> tuple[Tensor, Tensor]:
-    scales, codes = _fields(payload)
-    return scales[-1:], codes[-_BLOCK:]
+def _q4_decode_blocks(scales: Tensor, codes: Tensor, out: Tensor) -> None:
+    """scales bfloat16 [B, 1], codes uint8 [B, 32] → out fp32 [N]."""
+    values = out.view(len(scales), Q4.block_size)
+    work = None if torch.compiler.is_compiling() else values
+    torch.mul(torch.sub(nibbles(codes, torch.float32, out=work), 7, out=work), scales.float(), out=values)
 
 
-def _padded(tail: Tensor) -> Tensor:
-    """A whole block that begins with `tail`."""
-    block = tail.new_zeros(_BLOCK)
-    block[: tail.numel()] = tail
-    return block
+def _q8_decode_add_blocks(scales: Tensor, codes: Tensor, out: Tensor, weight: Tensor, scratch: Tensor | None) -> None:
+    """out fp32 [N] += codes × (scales × weight); two operations, so that no route rounds only once."""
+    shape = len(scales), Q8.block_size
+    scratch = None if scratch is None else scratch.view(shape)
+    out.view(shape).add_(torch.mul(codes, scales.float() * weight, out=scratch))
 
 
-def _working_memory(scratch: Tensor | None, x: Tensor) -> Tensor:
-    return torch.empty(min(x.numel(), tile_numel(x.device)), device=x.device) if scratch is None else scratch
+def _q4_decode_add_blocks(scales: Tensor, codes: Tensor, out: Tensor, weight: Tensor, scratch: Tensor | None) -> None:
+    """out fp32 [N] += (codes − 7) × (scales × weight)."""
+    shape = len(scales), Q4.block_size
+    scratch = None if scratch is None else scratch.view(shape)
+    values = torch.sub(nibbles(codes, torch.float32, out=scratch), 7, out=scratch)
+    out.view(shape).add_(torch.mul(values, scales.float() * weight, out=scratch))
+
+
+_ENCODE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]] = {
+    "q8": _q8_encode_blocks,
+    "q4": _q4_encode_blocks,
+    "e3m0": e3m0_encode_blocks,
+}
+_DECODE: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
+    "q8": _q8_decode_blocks,
+    "q4": _q4_decode_blocks,
+    "e3m0": e3m0_decode_blocks,
+}
+_DECODE_ADD: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]] = {
+    "q8": _q8_decode_add_blocks,
+    "q4": _q4_decode_add_blocks,
+    "e3m0": e3m0_decode_add_blocks,
+}
+
+
+def _fields(payload: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Views of a payload: scales bfloat16 [B, 1] and codes, int8 [B, 256] or uint8 [B, 32]."""
+    scales, codes = split_fields(payload, (2, block_format.block_bytes - 2))
+    return scales.view(torch.bfloat16), codes.view(torch.int8) if block_format == Q8 else codes

@@ -4,6 +4,8 @@
 2. A snapshot for which enough independent peers vote, fetched in pieces from all of them, and measured on the held-out set
    before it is used. The highest claimed round alone counts for nothing: a liar has one vote.
 3. If nobody trains yet, the initial weights made from the manifest's seed; their hash was checked when the model was built.
+
+The second way is also the way back for a peer whose weights have strayed from everybody's (`StateFetcher.refetch`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.errors import CheckpointError
+from node.checkpoints import Checkpoints, SavedState
 from node.compute import Compute
 from node.events import EventLog
 from node.snapshots import max_snapshot_bytes
@@ -27,7 +30,7 @@ from protocol.ids import BlobId, PeerId
 from protocol.records import PeerRecord, SnapshotRef
 from protocol.transport import Transport
 
-__all__ = ["MAX_RESUME_LAG", "NUM_VOTES", "StateFetcher", "choose_snapshots"]
+__all__ = ["MAX_RESUME_LAG", "NUM_VOTES", "Start", "StateFetcher", "choose_snapshots", "find_start"]
 
 NUM_VOTES = 3
 """Peers that must vouch for a state; all live trainers when there are fewer."""
@@ -87,11 +90,23 @@ class StateFetcher:
     ) -> None:
         self._trainer, self._compute, self._store = trainer, compute, store
         self._transport, self._directory, self._events = transport, directory, events
+        self._refused: set[SnapshotRef] = set()
+        self._unavailable: set[SnapshotRef] = set()
 
-    async def swarm_round(self) -> int | None:
+    def swarm_round(self) -> int | None:
         """The median round of the live trainers, None if there are none."""
-        rounds = sorted(record.round for record in self._trainers().values())
-        return rounds[(len(rounds) - 1) // 2] if rounds else None
+        rounds = [record.round for record in self._trainers().values()]
+        return statistics.median_low(rounds) if rounds else None
+
+    async def look_for_swarm(self) -> int | None:
+        """The same, after a few looks while nobody is seen: the directory may just not have answered yet."""
+        for look in range(NUM_LOOKS):
+            if look:
+                await asyncio.sleep(LOOK_AGAIN_S)
+            await self._directory.refresh()
+            if (swarm := self.swarm_round()) is not None:
+                return swarm
+        return None
 
     async def fetch(self) -> SnapshotRef | None:
         """Adopt the swarm's state; None when nobody trains yet, or is not beyond the first round, so that the initial weights
@@ -101,18 +116,14 @@ class StateFetcher:
             TransportError: the swarm is further on, but no state that passes can be had.
         """
         deadline_s = asyncio.get_running_loop().time() + WAIT_FOR_STATE_S
-        failed: set[SnapshotRef] = set()
         looks = swarm = 0
         while True:
             await self._directory.refresh()
-            trainers = self._trainers()
-            for candidate in choose_snapshots(trainers):
-                if candidate.ref not in failed:
-                    if await self._adopt(candidate):
-                        return candidate.ref
-                    failed.add(candidate.ref)
+            if (adopted := await self._adopt_best()) is not None:
+                return adopted
             looks += 1
-            swarm = max(swarm, await self.swarm_round() or 0)
+            seen = self.swarm_round()
+            swarm = swarm if seen is None else seen  # one look that finds nobody does not make the swarm vanish
             if swarm <= 1 and looks >= NUM_LOOKS:
                 return None
             if asyncio.get_running_loop().time() >= deadline_s:
@@ -122,6 +133,29 @@ class StateFetcher:
             if looks == NUM_LOOKS:
                 self._events.emit("waiting_for_state", swarm_round=swarm)
             await asyncio.sleep(LOOK_AGAIN_S)  # votes are on their way, or the next snapshot is
+
+    async def refetch(self) -> SnapshotRef | None:
+        """Replace the weights of a training peer by the swarm's; its round stays. None if no state that passes is to be had now.
+
+        To be awaited before the next round is packed, since an exchange under way is forgotten. The inner optimizer starts anew:
+        its moments belong to the weights that were given up.
+        """
+        await self._directory.refresh()
+        adopted = await self._adopt_best(at_round=self._trainer.round)
+        if adopted is not None:
+            await self._compute.run(self._forget_the_past)
+        return adopted
+
+    def _forget_the_past(self) -> None:
+        self._trainer.optimizer.state.clear()
+        self._trainer.replica.admission.start_anew()
+
+    async def _adopt_best(self, *, at_round: int | None = None) -> SnapshotRef | None:
+        """Try the credible snapshots in order. What is bad is not tried again; what cannot be had just now is."""
+        for candidate in choose_snapshots(self._trainers()):
+            if candidate.ref not in self._refused and await self._adopt(candidate, at_round=at_round):
+                return candidate.ref
+        return None
 
     def _trainers(self) -> dict[PeerId, PeerRecord]:
         return {
@@ -135,7 +169,8 @@ class StateFetcher:
         losses = [record.val_loss for record in self._trainers().values() if record.val_loss is not None]
         return statistics.median_low(losses) if losses else math.log(self._trainer.manifest.model.vocab_size)
 
-    async def _adopt(self, candidate: Candidate) -> bool:
+    async def _adopt(self, candidate: Candidate, *, at_round: int | None) -> bool:
+        """Enter at `at_round` with this state, at the swarm's when None; False if it does not pass."""
         ref, blob = candidate.ref, BlobId(candidate.ref.root)
         limit = max_snapshot_bytes(self._trainer.manifest.model.num_parameters)
         try:
@@ -144,14 +179,69 @@ class StateFetcher:
             )
             data = await asyncio.to_thread(self._store.read, blob)
             weights = await self._compute.run(self._trainer.read_snapshot, data)
-        except (CheckpointError, LlmNodeError) as error:
-            self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=str(error))
+        except CheckpointError as error:
+            return self._refuse(ref, str(error))
+        except LlmNodeError as error:
+            if ref not in self._unavailable:
+                self._unavailable.add(ref)
+                self._events.emit("state_unavailable", round=ref.round, root=ref.root[:12], reason=str(error))
             return False
         loss = await self._compute.run(self._trainer.evaluate, weights)
         if not loss < self._expected_loss() + LOSS_MARGIN:
-            self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=f"held-out loss {loss:.2f}")
-            return False
-        swarm = await self.swarm_round()
-        await self._compute.run(self._trainer.adopt, weights, ref.round if swarm is None else swarm)
+            return self._refuse(ref, f"held-out loss {loss:.2f}")
+        if at_round is None:
+            at_round = self.swarm_round()
+        await self._compute.run(self._trainer.adopt, weights, ref.round if at_round is None else at_round)
         self._events.emit("state_adopted", round=ref.round, loss=round(loss, 4), donors=len(candidate.voters))
         return True
+
+    def _refuse(self, ref: SnapshotRef, reason: str) -> bool:
+        self._refused.add(ref)
+        self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=reason)
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a peer starts from.
+
+    Args:
+        cursor: where in its round's data to go on, for a checkpoint from the middle of a round.
+        adopted: the swarm's state that was taken, if it was one.
+    """
+
+    cursor: int | None = None
+    adopted: SnapshotRef | None = None
+
+
+async def find_start(trainer: Trainer, *, fetcher: StateFetcher, checkpoints: Checkpoints, events: EventLog) -> Start:
+    """Put own checkpoint, the swarm's state, or the initial weights into the trainer.
+
+    Raises:
+        UserError: the checkpoints here are damaged, or of another run.
+        TransportError: the swarm is further on, but no state that passes can be had, and there is no checkpoint.
+    """
+    saved = await checkpoints.load()
+    if saved is not None and (await fetcher.look_for_swarm() or 0) - saved.round <= MAX_RESUME_LAG:
+        return await _resume(trainer, saved, checkpoints=checkpoints, events=events)
+    try:
+        adopted = await fetcher.fetch()
+    except TransportError:
+        if saved is None:
+            raise
+        adopted = None
+    if adopted is not None:
+        return Start(adopted=adopted)
+    if saved is not None:  # old, but better than nothing
+        return await _resume(trainer, saved, checkpoints=checkpoints, events=events)
+    swarm = fetcher.swarm_round()
+    if swarm is not None:
+        trainer.round = swarm
+        events.emit("initial_state", round=swarm)
+    return Start()
+
+
+async def _resume(trainer: Trainer, saved: SavedState, *, checkpoints: Checkpoints, events: EventLog) -> Start:
+    await checkpoints.restore(trainer, saved)
+    events.emit("resumed", round=trainer.round, step=trainer.step_in_round, tokens=trainer.tokens)
+    return Start(cursor=saved.cursor)

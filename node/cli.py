@@ -264,6 +264,26 @@ def demo(
         say(json.dumps(result))
 
 
+@app.command()
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="Scenario file; examples are in docs/scenarios.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for result.json and plots (PNG and SVG); made if missing.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON instead.")] = False,
+) -> None:
+    """Try a swarm of up to thousands of peers in one process, in virtual time: the real averaging on a toy problem."""
+    from node.scenario import load_scenario
+    from node.simulate import simulate_file
+    from node.simulate_view import render_simulation
+
+    result = simulate_file(load_scenario(scenario), scenario.parent, out=out)
+    if as_json:
+        say(json.dumps(result))
+    else:
+        Console().print(render_simulation(result))
+
+
 @identity_app.command("show")
 def identity_show(home: HomeOption = None) -> None:
     """Print this peer's id, making a key if there is none."""

@@ -10,6 +10,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,12 @@ class Compute(ABC):
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function` and return what it returns. Cancelling the await does not stop a call that has started."""
 
+    async def timed(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+        """Like `run`, and how many seconds the function itself took, waiting for its turn not included."""
+        started_s = asyncio.get_running_loop().time()
+        result = await self.run(function, *args, **kwargs)
+        return result, asyncio.get_running_loop().time() - started_s
+
     @abstractmethod
     def close(self) -> None:
         """Let the call in progress finish, then take no more."""
@@ -44,6 +51,9 @@ class ThreadCompute(Compute):
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+
+    async def timed(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+        return await self.run(_with_seconds, function, *args, **kwargs)
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -62,6 +72,11 @@ class VirtualCompute(Compute):
 
     def close(self) -> None:
         pass
+
+
+def _with_seconds(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+    started_s = time.perf_counter()
+    return function(*args, **kwargs), time.perf_counter() - started_s
 
 
 def _yield_to_others() -> None:

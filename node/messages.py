@@ -64,8 +64,12 @@ def topic(event: str, fields: Fields) -> str:
 
 
 def _exchange(fields: Fields) -> str:
+    return f"Round {fields['round']}: {_outcome(fields)}"
+
+
+def _outcome(fields: Fields) -> str:
     partner = "" if fields["partner"] is None else f"…{fields['partner'][-8:]}"
-    outcome = {
+    return {
         "averaged": f"averaged with {partner} in {fields['seconds']:.1f} s",
         "clipped": f"averaged with {partner} in {fields['seconds']:.1f} s, its update clipped",
         "refused": f"refused the update of {partner}: it is out of bounds",
@@ -73,7 +77,6 @@ def _exchange(fields: Fields) -> str:
         "timeout": f"{partner or 'the partner'} did not finish in time; stepped alone",
         "lost": f"{partner or 'the partner'} vanished; stepped alone",
     }[fields["outcome"]]
-    return f"Round {fields['round']}: {outcome}"
 
 
 def _shard_unavailable(fields: Fields) -> str:
@@ -86,6 +89,17 @@ def _swarm(fields: Fields) -> str:
     if fields["val_loss"] is not None:
         parts.append(f"held-out loss {fields['val_loss']:.3f}")
     return " · ".join([*parts, f"{count(fields['tokens_per_s'])} tokens/s"])
+
+
+def _meeting(fields: Fields) -> str:
+    near = "" if fields["distance"] is None else f"; relative distance {fields['distance']:.1g}"
+    return f"Final averaging: {_outcome(fields)}{near}"
+
+
+def _consolidated(fields: Fields) -> str:
+    outcome = "All peers hold one model" if fields["agreed"] else "Stopped averaging before all models were the same"
+    near = "" if fields["distance"] is None else f", within {fields['distance']:.1g} of the last partner's"
+    return f"{outcome}{near}; held-out loss {fields['loss']:.3f}"
 
 
 _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
@@ -127,7 +141,17 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     "snapshot_kept": ("detail", "Keeps a copy of the state of round {round} for joiners"),
     "snapshot_unavailable": ("detail", "Could not copy the state of round {round}: {reason}"),
     "swarm": ("detail", _swarm),
+    "consolidating": (
+        "info",
+        lambda f: (
+            f"The last round is done; averages with {f['peers']} other peer{'s' * (f['peers'] > 1)} until all hold one model"
+        ),
+    ),
+    "consolidation": ("detail", _meeting),
+    "consolidated": ("info", _consolidated),
     # trouble
+    "astray": ("warning", "Our weights are far from everybody's after round {round}; looks for the swarm's state"),
+    "state_unavailable": ("detail", "Could not fetch the state of round {round}: {reason}"),
     "blob_damaged": ("warning", "{reason}; fetching it from the swarm"),
     "prefetch_failed": ("detail", "Could not fetch data shard {shard}… ahead of round {round}: {reason}"),
     "snapshot_failed": ("warning", "Could not keep the state of round {round} for joiners: {reason}. Training goes on"),

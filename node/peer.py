@@ -1,14 +1,15 @@
 """One volunteer's peer, from its first state to its farewell.
 
 The order of events: data and state are fetched while the machine is measured; then rounds (node/rounds.py) until the run ends or
-the owner stops it. After every round a checkpoint goes to disk in the background. Stopping finishes the step and the write in
-progress, says goodbye in the directory, and returns a summary; whatever kills the process instead costs at most a round.
+the owner stops it; at the run's end the peers average until they hold one model (node/consolidation.py). After every round a
+checkpoint goes to disk in the background, and a peer whose weights have strayed from everybody's takes the swarm's. Stopping
+finishes the step and the write in progress, says goodbye in the directory, and returns a summary; whatever kills the process
+instead costs at most a round.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from averaging.averager import Averager
 from model.data import Tokens
 from model.tokenizer import Tokenizer
 from node.bench import choose_sequences, choose_threads, most_sequences
-from node.catchup import MAX_RESUME_LAG, StateFetcher
-from node.checkpoints import Checkpoints, SavedState
+from node.catchup import StateFetcher, find_start
+from node.checkpoints import Checkpoints
 from node.compute import Compute
+from node.consolidation import Consolidated, Consolidator
 from node.dataset import BatchSource, open_source
 from node.events import EventLog
 from node.progress import Progress
@@ -81,6 +83,8 @@ class Summary:
     val_loss_end: float | None
     time_to_first_step_s: float | None
     finished: bool
+    consolidated: Consolidated | None = None
+    """How the peers came to one model at the run's end; None before it."""
 
 
 class Peer:
@@ -124,6 +128,9 @@ class Peer:
         )
         self.trainer: Trainer | None = None
         self._loop: RoundLoop | None = None
+        self._consolidating: asyncio.Task[Consolidated] | None = None
+        self._consolidated: Consolidated | None = None
+        self._fetcher: StateFetcher | None = None
         self._stopped = False
         self._most = 0
         checkpoints = None if folder is None else folder / "checkpoints"
@@ -135,6 +142,8 @@ class Peer:
         self._stopped = True
         if self._loop is not None:
             self._loop.stop()
+        if self._consolidating is not None:
+            self._consolidating.cancel()
 
     async def run(self) -> Summary:
         """Take part in the run.
@@ -172,6 +181,7 @@ class Peer:
             val_loss_end=progress.val_loss,
             time_to_first_step_s=progress.time_to_first_step_s,
             finished=bool(total and progress.round >= total),
+            consolidated=self._consolidated,
         )
 
     # ---- before the first step
@@ -211,8 +221,8 @@ class Peer:
         return sequences
 
     async def _starting_state(self, trainer: Trainer) -> int | None:
-        """Own checkpoint, the swarm's state, or the initial weights. Returns the data cursor to resume from, if any."""
-        fetcher = StateFetcher(
+        """Find it, and return the data cursor to resume from, if any."""
+        self._fetcher = StateFetcher(
             trainer=trainer,
             compute=self._compute,
             store=self._store,
@@ -232,29 +242,10 @@ class Peer:
             publish=self._show_snapshots,
             own_loss=self.progress.val_loss_after,
         )
-        saved = await self._checkpoints.load()
-        swarm_round = await fetcher.swarm_round()
-        if saved is not None and (swarm_round or 0) - saved.round <= MAX_RESUME_LAG:
-            return await self._resume(trainer, saved)
-        try:
-            adopted = await fetcher.fetch()
-        except TransportError:
-            if saved is None:
-                raise
-            return await self._resume(trainer, saved)  # old, but better than nothing
-        if adopted is not None:
-            self._keeper.adopt(adopted)
-        elif saved is not None:
-            return await self._resume(trainer, saved)
-        elif swarm_round is not None:
-            trainer.round = swarm_round
-            self._events.emit("initial_state", round=swarm_round)
-        return None
-
-    async def _resume(self, trainer: Trainer, saved: SavedState) -> int | None:
-        await self._checkpoints.restore(trainer, saved)
-        self._events.emit("resumed", round=trainer.round, step=trainer.step_in_round, tokens=trainer.tokens)
-        return saved.cursor
+        start = await find_start(trainer, fetcher=self._fetcher, checkpoints=self._checkpoints, events=self._events)
+        if start.adopted is not None:
+            self._keeper.adopt(start.adopted)
+        return start.cursor
 
     def _show_snapshots(self, held: list[SnapshotRef]) -> None:
         self.progress.snapshots = held
@@ -266,7 +257,7 @@ class Peer:
             transport=self._transport,
             identity=self._identity,
             run=self.manifest.run_id,
-            payload_bytes=trainer.replica.num_payload_bytes,
+            payload_bytes=trainer.replica.round_bytes,
             max_lag_rounds=self.manifest.sync.max_lag_rounds,
         )
         settings = RoundSettings(
@@ -275,9 +266,7 @@ class Peer:
             most=self._most,
             max_rounds=self._options.max_rounds,
         )
-        async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(self._checkpoints.writing())
-            await stack.enter_async_context(averager)
+        with self._checkpoints.writing():
             self._loop = loop = RoundLoop(
                 self.manifest,
                 trainer=trainer,
@@ -297,17 +286,50 @@ class Peer:
             self.progress.state = "training"
             self._events.emit("training", round=trainer.round, step=trainer.step_in_round, sequences=sequences)
             self.service.on_heartbeat(self._keep_copies)
-            await self.service.beat()  # others may choose this peer from now on
             try:
-                await loop.run()
+                async with averager:
+                    await self.service.beat()  # others may choose this peer from now on
+                    await loop.run()
+                await self._consolidate(trainer)
             finally:
                 self.progress.state = "leaving"
                 await self._save(final=True)
 
     async def _after_round(self, round: int) -> None:
         assert self._keeper is not None
+        if self.trainer is not None and self.trainer.replica.admission.is_astray:
+            await self._return_to_the_swarm(round)
         await self._keeper.after_round(round, self._other_trainers())
         await self._save(final=False)
+
+    async def _return_to_the_swarm(self, round: int) -> None:
+        assert self._fetcher is not None
+        assert self._keeper is not None
+        self._events.emit("astray", round=round)
+        adopted = await self._fetcher.refetch()
+        if adopted is not None:
+            self._keeper.adopt(adopted)
+
+    async def _consolidate(self, trainer: Trainer) -> None:
+        """At the end of the run: come to one model with the others."""
+        consolidator = Consolidator(
+            trainer,
+            compute=self._compute,
+            transport=self._transport,
+            identity=self._identity,
+            directory=self.service.directory,
+            progress=self.progress,
+            events=self._events,
+            announce=self.service.beat,
+        )
+        if self._stopped or not consolidator.is_due:
+            return
+        self._consolidating = asyncio.ensure_future(consolidator.run())
+        try:
+            self._consolidated = await self._consolidating
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise  # else the owner leaves, and what was averaged so far is a model, too
 
     async def _keep_copies(self) -> None:
         assert self._keeper is not None

@@ -57,17 +57,24 @@ class Progress:
     began_s: float = 0.0
     """Loop time at which the command started."""
     time_to_first_step_s: float | None = None
+    training_s: float = 0.0
+    """Seconds of this session that went into inner steps."""
     recent: deque[ExchangeNote] = field(default_factory=lambda: deque(maxlen=4))
     snapshots: list[SnapshotRef] = field(default_factory=list)
     started_at_s: float = field(default_factory=time.time)
     _val_losses: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=VAL_WINDOW))
     _sequence: int = 0
+    _first_step_at_s: float = 0.0
+    _last_step_ended_s: float = 0.0
     _steps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
 
     def count_step(self, *, loss: float, tokens: int, seconds: float, now_s: float) -> None:
         """One inner step was done; `now_s` is the loop's time."""
         if self.time_to_first_step_s is None:
             self.time_to_first_step_s = now_s - self.began_s
+            self._first_step_at_s = now_s - seconds
+        self.training_s += seconds
+        self._last_step_ended_s = now_s
         self.step += 1
         self.tokens += tokens
         self.session_tokens += tokens
@@ -105,6 +112,13 @@ class Progress:
         """Training speed over the last steps, exchanges not deducted."""
         seconds = sum(s for s, _ in self._steps)
         return sum(t for _, t in self._steps) / seconds if seconds else 0.0
+
+    @property
+    def training_share(self) -> float | None:
+        """Share of the wall time that went into inner steps, from the beginning of this session's first step to the end of its
+        latest; the rest went into packing, applying, measuring, saving and waiting. None before the first step."""
+        wall_s = self._last_step_ended_s - self._first_step_at_s
+        return min(1.0, self.training_s / wall_s) if wall_s > 0 else None
 
     @property
     def eta_s(self) -> float | None:

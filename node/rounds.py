@@ -5,13 +5,13 @@
                                                        apply between two steps
 
 There is no coordinator and no common clock; node/round_clock.py says which round a peer is in. Training never waits for an
-exchange: while one is under way the round takes more steps, and at its deadline the peer steps alone.
+exchange: while one is under way the round takes more steps, and at its deadline the peer steps alone. Nor does it wait for the
+next round's tokens or the directory, which node/preparation.py brings beforehand: between two rounds there is only the packing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,7 +22,9 @@ from averaging.update import Update
 from model.batches import RoundBatches
 from node.compute import Compute
 from node.dataset import BatchSource
+from node.evaluation import Evaluation
 from node.events import EventLog
+from node.preparation import LEAD_S, Preparation
 from node.progress import Progress
 from node.round_clock import MAX_STRETCH, RoundClock
 from node.trainer import StepStats, Trainer
@@ -105,18 +107,18 @@ class RoundLoop:
         total = self._manifest.sync.total_rounds
         self._sync_progress()
         pending: asyncio.Task[None] | None = None
-        prefetch: asyncio.Task[None] | None = None
+        evaluation = Evaluation(self._trainer, self._compute)
         async with asyncio.TaskGroup() as tasks:
+            preparation = Preparation(tasks, source=self._source, directory=self._directory, run=self._manifest.run_id)
             while not self._stopping.is_set() and not self._finished(total):
-                if prefetch is None or prefetch.done():  # a slow one goes on beside the rounds; nobody waits for it
-                    prefetch = tasks.create_task(self._source.prefetch(self._trainer.round + 1))
-                await self._inner_steps(tasks, pending)
+                preparation.begin(self._trainer.round)
+                await self._inner_steps(preparation, pending)
                 if self._stopping.is_set():
                     break
-                pending = await self._exchange(tasks)
-            for task in (pending, prefetch):
-                if task is not None:
-                    task.cancel()
+                pending = await self._exchange(tasks, preparation, evaluation)
+            preparation.cancel()
+            if pending is not None:
+                pending.cancel()
 
     async def _unless_stopped(self, task: asyncio.Task[T]) -> T | None:
         """Wait for a task that depends on the network; None, and the task cancelled, when the owner leaves first."""
@@ -140,9 +142,9 @@ class RoundLoop:
 
     # ---- inner steps
 
-    async def _inner_steps(self, tasks: asyncio.TaskGroup, pending: asyncio.Task[None] | None) -> None:
+    async def _inner_steps(self, preparation: Preparation, pending: asyncio.Task[None] | None) -> None:
         """The rest of the current round, and the end of the exchange of the last one, which applies between two steps."""
-        batches = await self._unless_stopped(tasks.create_task(self._source.batches(self._trainer.round)))
+        batches = await self._unless_stopped(preparation.batches(self._trainer.round))
         if batches is None:
             return
         self.batches = batches
@@ -151,8 +153,9 @@ class RoundLoop:
         loop = asyncio.get_running_loop()
         started, first = loop.time(), self._trainer.step_in_round
         while self._has_more_steps(pending) and not self._stopping.is_set():
-            stats = await self._compute.run(self._trainer.step, batches, self._progress.sequences_per_step)
-            self._count_step(stats)
+            self._prepare_end(preparation)
+            stats, seconds = await self._compute.timed(self._trainer.step, batches, self._progress.sequences_per_step)
+            self._count_step(stats, seconds)
         steps = self._trainer.step_in_round - first
         if steps:
             self._round_s = loop.time() - started
@@ -171,9 +174,15 @@ class RoundLoop:
         self._observe()
         return self._clock.is_ahead(self._trainer.round) or (pending is not None and not pending.done())
 
-    def _count_step(self, stats: StepStats) -> None:
+    def _prepare_end(self, preparation: Preparation) -> None:
+        """Start preparing for the next round when the step to come is the round's last, or close to it."""
+        left, eta_s = self._manifest.sync.inner_steps - self._trainer.step_in_round, self._progress.eta_s
+        if left <= 1 or (eta_s is not None and eta_s <= LEAD_S):
+            preparation.end(self._trainer.round, steps_left=left)
+
+    def _count_step(self, stats: StepStats, seconds: float) -> None:
         now_s = asyncio.get_running_loop().time()
-        self._progress.count_step(loss=stats.loss, tokens=stats.tokens, seconds=stats.seconds, now_s=now_s)
+        self._progress.count_step(loss=stats.loss, tokens=stats.tokens, seconds=seconds, now_s=now_s)
         self._events.emit("step", round=self._trainer.round, step=self._progress.step, loss=round(stats.loss, 4))
 
     def _resize(self, round_s: float) -> None:
@@ -184,9 +193,11 @@ class RoundLoop:
 
     # ---- the exchange
 
-    async def _exchange(self, tasks: asyncio.TaskGroup) -> asyncio.Task[None] | None:
+    async def _exchange(
+        self, tasks: asyncio.TaskGroup, preparation: Preparation, evaluation: Evaluation
+    ) -> asyncio.Task[None] | None:
         """Close the round and start its exchange; without overlap, or at the end of the run, wait for it."""
-        next_round = await self._next_round(tasks)
+        next_round = self._next_round()
         divergences = self._trainer.num_divergences
         update = await self._compute.run(self._trainer.end_round, next_round)
         if self._trainer.num_divergences > divergences:
@@ -200,26 +211,20 @@ class RoundLoop:
         if overlapped:
             limit_s = min(limit_s, DEADLINE_SHARE * max(self._round_s, sync.round_target_s))
         tasks.create_task(self._announce())
-        exchange = tasks.create_task(self._average(update, limit_s))
+        exchange = tasks.create_task(self._settle(update, limit_s, preparation, evaluation))
         if overlapped:
             return exchange
         await self._unless_stopped(exchange)
         return None
 
-    async def _next_round(self, tasks: asyncio.TaskGroup) -> int:
+    def _next_round(self) -> int:
         """One more than the round just finished, or the swarm's if that is further on."""
-        # In a large swarm this also reads the bucket that the round's lot names, so that peers of all buckets mix.
-        lot = hashlib.sha256(f"{self._manifest.run_id}/bucket/{self._trainer.round}".encode()).digest()
-        await self._unless_stopped(tasks.create_task(self._refresh(lot)))
         self._observe()
         own = self._trainer.round
         following = self._clock.next_round(own)
         if following > own + 1:
             self._events.emit("round_skipped", own=own + 1, swarm=following)
         return following
-
-    async def _refresh(self, lot: bytes) -> None:
-        await self._directory.refresh(extra=lot)
 
     def _observe(self) -> None:
         self._clock.observe(self._trainers(), asyncio.get_running_loop().time())
@@ -231,25 +236,28 @@ class RoundLoop:
         records = self._directory.peers
         return {peer: r for peer, r in records.items() if r.role == "trainer" and r.state == "training"}
 
-    async def _average(self, update: Update, limit_s: float) -> None:
+    async def _settle(self, update: Update, limit_s: float, preparation: Preparation, evaluation: Evaluation) -> None:
         """Exchange with a partner, take the outer step, and measure where that leaves us."""
-        deadline_s = asyncio.get_running_loop().time() + limit_s
-        # All of them: a record may be rounds old, and whom the round window leaves out is said in the exchange itself.
-        candidates, finished = list(self._trainers()), update.round
-        algorithm = self._manifest.sync.algorithm
-        if algorithm == "local":
-            results = []
-        elif algorithm == "diloco":
-            results = await self._averager.exchange_all(update, candidates=candidates, deadline_s=deadline_s)
-        else:
-            results = [await self._averager.exchange(update, candidates=candidates, deadline_s=deadline_s)]
+        deadline_s, finished = asyncio.get_running_loop().time() + limit_s, update.round
+        await preparation.looked(timeout_s=limit_s)
+        results = await self._average(update, deadline_s)
         outcome = await self._compute.run(self._trainer.apply, [r.remote for r in results if r.remote is not None])
         for result in results:
             self._note(result, outcome, finished)
-        loss = await self._compute.run(self._trainer.evaluate)
+        loss = await evaluation.after_round(last=self._finished(self._manifest.sync.total_rounds))
         self._progress.count_validation(loss, finished + 1)
-        self._events.emit("validation", round=finished + 1, loss=round(loss, 4))
+        share = round(self._progress.training_share or 0.0, 4)
+        self._events.emit("validation", round=finished + 1, loss=round(loss, 4), training_share=share)
         await self._after_round(finished)
+
+    async def _average(self, update: Update, deadline_s: float) -> list[ExchangeResult]:
+        # All of them: a record may be rounds old, and whom the round window leaves out is said in the exchange itself.
+        candidates, group = list(self._trainers()), self._manifest.sync.group
+        if group == "none":
+            return []
+        if group == "all":
+            return await self._averager.exchange_all(update, candidates=candidates, deadline_s=deadline_s)
+        return [await self._averager.exchange(update, candidates=candidates, deadline_s=deadline_s)]
 
     def _note(self, result: ExchangeResult, outcome: Outcome, finished: int) -> None:
         kind = outcome.verdicts[result.remote.peer].kind if result.remote is not None else result.outcome

@@ -8,7 +8,6 @@ local progress made meanwhile.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,20 +20,18 @@ from averaging.flatten import FlatParameters
 from averaging.outer import OuterConfig
 from averaging.replica import Outcome, Replica, ReplicaConfig
 from averaging.update import RemoteUpdate, Update
-from model.batches import RoundBatches, heldout_batches
+from model.batches import RoundBatches
 from model.config import ModelConfig
 from model.data import Tokens
 from model.initial import initialise, weights_sha256
 from model.optim import InnerConfig, build_optimizer, learning_rate, set_learning_rate
 from model.transformer import Transformer
 from model.weights import decode_weights, encode_weights
+from node.heldout import Heldout
 from protocol.errors import UserError
 from protocol.manifest import Manifest
 
 __all__ = ["StepStats", "Trainer", "inner_config", "model_config", "new_model"]
-
-EVAL_SEQUENCES = 16
-"""Held-out sequences per forward pass; bounds the memory of an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +40,6 @@ class StepStats:
 
     loss: float
     tokens: int
-    seconds: float
 
 
 def model_config(manifest: Manifest) -> ModelConfig:
@@ -94,13 +90,28 @@ class Trainer:
         self.replica = Replica(
             self.flat.theta,
             ReplicaConfig(
-                outer=OuterConfig(algorithm=sync.algorithm, alpha=sync.alpha, beta=sync.beta, gamma=sync.gamma),
+                outer=OuterConfig(
+                    algorithm=sync.algorithm,
+                    momentum=sync.momentum,
+                    alpha=sync.alpha,
+                    beta=sync.beta,
+                    gamma=sync.gamma,
+                    theta_only=sync.theta_only,
+                    staleness_penalty=sync.staleness_penalty,
+                    momentum_clip=sync.momentum_clip,
+                ),
                 admission=AdmissionConfig(**safety.model_dump()),
                 delta_codec=sync.delta_codec,
                 slow_codec=sync.slow_codec,
+                error_decay=sync.error_decay,
+                fragments=sync.fragments,
+                blend=sync.blend,
+                lag_decay=sync.lag_decay,
             ),
         )
-        self._heldout = heldout
+        self.heldout = Heldout(heldout, sequence_tokens=manifest.inner.sequence_tokens)
+        self.affordable_pieces: int | None = None
+        """Pieces of the held-out set to measure foreign weights by; None for all. Set while training, see node/evaluation.py."""
         self._device = device
         self.round = 0
         self.step_in_round = 0
@@ -116,7 +127,6 @@ class Trainer:
 
     def step(self, batches: RoundBatches, num_sequences: int) -> StepStats:
         """One inner step on `num_sequences` sequences drawn from `batches`."""
-        started = time.perf_counter()
         batch = batches.next(num_sequences).to(self._device)
         sync = self.manifest.sync
         step = self.round * sync.inner_steps + min(
@@ -134,7 +144,7 @@ class Trainer:
         self.step_in_round += 1
         self.tokens_in_round += tokens
         self.tokens += tokens
-        return StepStats(loss=float(loss.detach()), tokens=tokens, seconds=time.perf_counter() - started)
+        return StepStats(loss=float(loss.detach()), tokens=tokens)
 
     def end_round(self, next_round: int) -> Update:
         """Close the round: what to send for it; the next step belongs to `next_round`. After a skip the update carries the number
@@ -158,26 +168,35 @@ class Trainer:
 
     def apply(self, partners: Sequence[RemoteUpdate]) -> Outcome:
         """The outer step of the last closed round, alone when `partners` is empty."""
-        return self.replica.apply(partners)
+        return self.replica.apply(partners, steps_since_pack=self.step_in_round)
+
+    def evaluate(self, weights: Mapping[str, Tensor] | None = None) -> float:
+        """Mean loss over the held-out set in nats per token, of the current weights or of others of the same shapes.
+
+        The current weights are measured on the whole set, and estimates refer to that from then on. Others are measured on
+        `affordable_pieces` of it."""
+        if weights is None:
+            return self.heldout.whole(self._heldout_loss, remember=True)
+        with self._using(weights):
+            if self.affordable_pieces is None or not self.heldout.is_measured:
+                return self.heldout.whole(self._heldout_loss)
+            return self.heldout.estimate(self._heldout_loss, num_pieces=self.affordable_pieces)
+
+    def estimate(self, num_pieces: int) -> float:
+        """What `evaluate` would return for the current weights, from a few pieces of the set; see node/heldout.py."""
+        return self.heldout.estimate(self._heldout_loss, num_pieces=num_pieces)
 
     @torch.no_grad()
-    def evaluate(self, weights: Mapping[str, Tensor] | None = None) -> float:
-        """Mean loss over the held-out set in nats per token, of the current weights or of others of the same shapes."""
-        total, count = 0.0, 0
-        length = self.manifest.inner.sequence_tokens
-        with self._using(weights):
-            for batch in heldout_batches(self._heldout, sequence_tokens=length, num_sequences=EVAL_SEQUENCES):
-                total += float(self.model.loss(batch.to(self._device))) * len(batch)
-                count += len(batch)
-        return total / count
+    def _heldout_loss(self, batch: Tensor) -> Tensor:
+        return self.model.loss(batch.to(self._device))
 
     @contextlib.contextmanager
-    def _using(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+    def _using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the model compute with other weights for a moment; its own stay where they are."""
         own = {name: parameter.data for name, parameter in self.model.named_parameters()}
         try:
             for name, parameter in self.model.named_parameters():
-                parameter.data = own[name] if weights is None else weights[name].to(self._device)
+                parameter.data = weights[name].to(self._device)
             yield
         finally:
             for name, parameter in self.model.named_parameters():

@@ -36,7 +36,7 @@ from protocol.libp2p_hivemind import (
     write_pbmsg,
 )
 from protocol.libp2p_process import MAX_MESSAGE_BYTES, DaemonConfig, DaemonProcess
-from protocol.libp2p_stream import READ_BUFFER_BYTES
+from protocol.libp2p_stream import DirectReader
 
 __all__ = ["Daemon", "StreamCallback"]
 
@@ -105,8 +105,9 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind is untyped
         """
         self._process.claim_directory()
         try:
-            self._server = await asyncio.start_unix_server(
-                self._accept, path=self._process.stream_socket, limit=READ_BUFFER_BYTES
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_unix_server(
+                lambda: asyncio.StreamReaderProtocol(DirectReader(), self._accept), self._process.stream_socket
             )
             await self._begin()
             await self.host_addresses()
@@ -197,7 +198,10 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind is untyped
     @asynccontextmanager
     async def _control(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         """A new connection to p2pd, cut off if the block fails, left open if it succeeds."""
-        reader, writer = await asyncio.open_unix_connection(self._process.control_socket, limit=READ_BUFFER_BYTES)
+        loop, reader = asyncio.get_running_loop(), DirectReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.create_unix_connection(lambda: protocol, str(self._process.control_socket))
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         try:
             yield reader, writer
         except BaseException:

@@ -27,7 +27,9 @@ MAX_MESSAGE_BYTES = 4 << 20
 _START_TIMEOUT_S = 15.0
 _STOP_TIMEOUT_S = 1.0
 _MAX_SOCKET_PATH_BYTES = 100  # the kernel's limit is 108
-_GO_MEMORY_LIMIT = "512MiB"
+_GO_SETTINGS = {"GOMEMLIMIT": "512MiB", "GOGC": "400"}
+"""Moving bulk data makes p2pd collect garbage all the time: with its heap allowed to grow to five times what is live (some 100 MB)
+it needs an eighth less processor time per byte over Noise and a third less over TLS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,7 @@ class DaemonProcess:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us alone: p2pd must live until we have said goodbye
-            env={"GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "json", "GOMEMLIMIT": _GO_MEMORY_LIMIT},
+            env={"GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "json", **_GO_SETTINGS},
         )
         self._child = child
         with contextlib.suppress(psutil.Error):

@@ -1,35 +1,38 @@
 """The in-process network: the same interface as the real one, in virtual time and under the test's control.
 
-A `MemoryNetwork` holds any number of `MemoryTransport`s. Links have latency, bandwidth and loss; peers crash; the network
-splits and heals. On a `VirtualTimeLoop` a run is exactly repeatable for a seed. What is modelled after the real network:
+A `MemoryNetwork` holds any number of `MemoryTransport`s. Links have latency, bandwidth and loss, fixed or drawn at random
+(protocol/memory_links.py); peers crash; the network splits and heals. On a `VirtualTimeLoop` a run is exactly repeatable for a
+seed. What is modelled after the real network:
 
 - A partition does not reset streams: nothing arrives until it heals, and after KEEPALIVE_S the streams across it break.
 - Opening a stream takes one round trip, and hangs until its deadline across a partition.
-- A DHT record lives on the NUM_REPLICAS live and reachable peers nearest to its key, which check it; so records are lost
-  when all of them crash, and the two halves of a split network see different tables.
+- The record table is spread over the peers (protocol/memory_dht.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import time
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
-from protocol.dht_rules import MAX_TTL_S, Validator, is_admissible
+from protocol.dht_rules import Validator
 from protocol.errors import DeadlineError, PeerUnreachableError, UserError
 from protocol.ids import PeerId
 from protocol.incoming import Incoming
-from protocol.memory_stream import LinkSpec, MemoryStream, Pipe, Wire
-from protocol.transport import Dht, DhtEntry, Handler, Stream, Traffic, Transport
+from protocol.memory_dht import NUM_REPLICAS, Keyspace, MemoryDht, position_of
+from protocol.memory_links import Chance, CountedWire, Counts, LinkTable, draw_latency_s
+from protocol.memory_stream import LinkSpec, MemoryStream, Pipe
+from protocol.transport import Handler, Stream, Traffic, Transport
 from protocol.virtual_time import VirtualTimeLoop, run_virtual
 
 __all__ = ["LinkSpec", "MemoryDht", "MemoryNetwork", "MemoryTransport", "Validator", "run_virtual"]
 
 KEEPALIVE_S = 30.0
-NUM_REPLICAS = 8
+_PRUNE_EVERY_ENDS = 32
+_MIN_WIRES = 4096
 VIRTUAL_EPOCH_S = 1.7e9
 
 
@@ -37,22 +40,29 @@ class MemoryNetwork:
     """The wires, the clock and the chance between `MemoryTransport`s.
 
     Args:
-        seed: of the losses.
-        link: how every path behaves that `set_link` does not name.
+        seed: of the losses and of all that links draw at random.
+        link: how every path behaves that neither `links` nor `set_link` names; DHT look-ups take its latency.
+        links: how the paths behave, each direction apart; None for all alike.
     """
 
-    def __init__(self, *, seed: int = 0, link: LinkSpec | None = None) -> None:
+    def __init__(self, *, seed: int = 0, link: LinkSpec | None = None, links: LinkTable | None = None) -> None:
         self.transports: dict[PeerId, MemoryTransport] = {}
+        self.keyspace = Keyspace()
+        self._holders: dict[str, list[MemoryTransport]] = {}
+        """What `nearest` has found since anybody came or went; not used while the network is split."""
         self._random = random.Random(seed)
+        self._chance = Chance(seed)
         self.default_link = link or LinkSpec()
+        self._table = links
         self._links: dict[frozenset[PeerId], LinkSpec] = {}
-        self._wires: dict[tuple[PeerId, PeerId], Wire] = {}
+        self._wires: dict[tuple[PeerId, PeerId], CountedWire] = {}
+        self._prune_wires_above = _MIN_WIRES
         self._groups: dict[PeerId, int] = {}
         self._splits = 0
         self.repartitioned = asyncio.Event()
         """Set, and replaced by a new one, whenever a partition begins or ends."""
-        self._streams: dict[MemoryStream, PeerId] = {}  # every live end and whose it is, in order of opening
-        self._prune_above = 64
+        self._streams: dict[PeerId, dict[MemoryStream, PeerId]] = {}
+        """Per peer both ends of each of its streams, in order of opening, and whose each end is."""
 
     def now_s(self) -> float:
         """Unix time: the machine's, or a fixed epoch plus virtual time."""
@@ -67,8 +77,22 @@ class MemoryNetwork:
                 self._wires[ends].spec = spec
 
     def link(self, a: PeerId, b: PeerId) -> LinkSpec:
-        """How the path between two peers behaves now."""
-        return self._links.get(frozenset((a, b)), self.default_link)
+        """How the path from `a` to `b` behaves now."""
+        named = self._links.get(frozenset((a, b))) if self._links else None
+        if named is not None:
+            return named
+        return self.default_link if self._table is None else self._table(a, b)
+
+    def round_trip_s(self, a: PeerId, b: PeerId) -> float:
+        """Time that a message from `a` to `b` and its answer take now."""
+        now_s = asyncio.get_running_loop().time()
+        ways = ((a, b), (b, a))
+        return sum(draw_latency_s(self.link(*ends), self._chance, "trip", ends, now_s) for ends in ways)
+
+    def dht_hop_s(self, peer: PeerId, *what: object) -> float:
+        """Time that `peer` waits for one answer from nobody in particular; `what` tells it from its other waits now."""
+        now_s = asyncio.get_running_loop().time()
+        return 2.0 * draw_latency_s(self.default_link, self._chance, "dht", peer, now_s, *what)
 
     def partition(self, *groups: list[PeerId] | set[PeerId]) -> None:
         """Split the network; peers named in no group form one more. Replaces an earlier partition."""
@@ -88,11 +112,27 @@ class MemoryNetwork:
 
         What else the peer runs goes on and meets a dead network. A new transport with the same id is its restart.
         """
-        transport = self.transports.pop(peer)
-        transport.alive = False
+        transport = self.transports[peer]
+        self.remove(transport)
         transport.dht.table.clear()
         transport.incoming.cancel()
-        self._break([stream for stream, owner in self._streams.items() if peer in (owner, stream.peer)])
+        for stream in self._streams.pop(peer, {}):
+            stream.reset()
+
+    def add(self, transport: MemoryTransport) -> None:
+        """Let a peer take part."""
+        self.transports[transport.peer_id] = transport
+        self.keyspace.add(transport)
+        self._holders.clear()
+        transport.alive = True
+
+    def remove(self, transport: MemoryTransport) -> None:
+        """The opposite of `add`; nothing happens to a peer that is not there, or not any more."""
+        transport.alive = False
+        if self.transports.get(transport.peer_id) is transport:
+            del self.transports[transport.peer_id]
+            self.keyspace.remove(transport)
+            self._holders.clear()
 
     def connected(self, a: PeerId, b: PeerId) -> bool:
         """Whether bytes flow between the two, as far as partitions go."""
@@ -100,10 +140,13 @@ class MemoryNetwork:
 
     def nearest(self, key: str, asker: PeerId) -> list[MemoryTransport]:
         """The live peers that hold records under `key`, as far as `asker` reaches them."""
-        target = _position(key)
-        near = [other for other in self.transports.values() if self.connected(asker, other.peer_id)]
-        near.sort(key=lambda other: other.position ^ target)
-        return near[:NUM_REPLICAS]
+        if self._groups:
+            near = self.keyspace.nearest(position_of(key))
+            return list(islice((other for other in near if self.connected(asker, other.peer_id)), NUM_REPLICAS))
+        holders = self._holders.get(key)
+        if holders is None:
+            holders = self._holders[key] = list(islice(self.keyspace.nearest(position_of(key)), NUM_REPLICAS))
+        return holders
 
     def wire_streams(self, caller: MemoryTransport, callee: MemoryTransport) -> tuple[MemoryStream, MemoryStream]:
         """Make the two ends of a new stream."""
@@ -112,103 +155,67 @@ class MemoryNetwork:
         def blocked() -> bool:
             return not self.connected(here, there)
 
-        def breaks() -> bool:
-            loss = self.link(here, there).loss
-            return loss > 0.0 and self._random.random() < loss
+        wire, writes = self._wire(here, there), {here: 0, there: 0}
+        spared = wire.spared_writes(asyncio.get_running_loop().time())
 
-        out = Pipe(self._wire(here, there), blocked=blocked)
-        back = Pipe(self._wire(there, here), blocked=blocked)
-        near = MemoryStream(peer=there, outgoing=out, incoming=back, traffic=caller.traffic, breaks=breaks)
-        far = MemoryStream(peer=here, outgoing=back, incoming=out, traffic=callee.traffic, breaks=breaks)
-        if len(self._streams) > self._prune_above:
-            self._streams = {stream: owner for stream, owner in self._streams.items() if not stream.is_over}
-            self._prune_above = 64 + 2 * len(self._streams)
-        self._streams[near], self._streams[far] = here, there
+        def breaks(writer: PeerId) -> bool:
+            writes[writer] += 1
+            loss = wire.spec.loss
+            return min(writes.values()) > spared or (loss > 0.0 and self._random.random() < loss)
+
+        out, back = Pipe(wire, blocked=blocked), Pipe(self._wire(there, here), blocked=blocked)
+        near = MemoryStream(
+            peer=there, outgoing=out, incoming=back, traffic=caller.traffic, breaks=lambda: breaks(here)
+        )
+        far = MemoryStream(peer=here, outgoing=back, incoming=out, traffic=callee.traffic, breaks=lambda: breaks(there))
+        for peer in (here, there):
+            self._remember(peer, {near: here, far: there})
+        if len(self._wires) > self._prune_wires_above:
+            self._prune_wires()
         return near, far
 
     async def close_streams(self, peer: PeerId) -> None:
         """Close this peer's ends in an orderly way: what it wrote before still arrives."""
-        for stream in [stream for stream, owner in self._streams.items() if owner == peer]:
-            await stream.close()
-            del self._streams[stream]
+        for stream, owner in self._streams.pop(peer, {}).items():
+            if owner == peer:
+                await stream.close()
 
-    def _wire(self, source: PeerId, target: PeerId) -> Wire:
-        return self._wires.setdefault((source, target), Wire(self.link(source, target)))
+    def _remember(self, peer: PeerId, ends: dict[MemoryStream, PeerId]) -> None:
+        streams = self._streams.setdefault(peer, {})
+        streams |= ends
+        if len(streams) % _PRUNE_EVERY_ENDS == 0:
+            self._streams[peer] = {stream: owner for stream, owner in streams.items() if not stream.is_over}
+
+    def _wire(self, source: PeerId, target: PeerId) -> CountedWire:
+        wire = self._wires.get((source, target))
+        if wire is None:
+            counts, spec = self.transports[source].counts, self.link(source, target)
+            wire = CountedWire(spec, ends=(source, target), chance=self._chance, counts=counts)
+            self._wires[source, target] = wire
+        return wire
+
+    def _prune_wires(self) -> None:
+        """Forget those that no stream uses and nothing travels on: a new one will be as good."""
+        now_s = asyncio.get_running_loop().time()
+        ends = (pair for streams in self._streams.values() for pair in streams.items())
+        used = {(owner, stream.peer) for stream, owner in ends if not stream.is_over}
+        self._wires = {pair: wire for pair, wire in self._wires.items() if pair in used or wire.busy_until_s >= now_s}
+        self._prune_wires_above = max(_MIN_WIRES, 2 * len(self._wires))
 
     def _repartition(self) -> None:
         self.repartitioned.set()
         self.repartitioned = asyncio.Event()
-        for stream in self._streams:
-            stream.pump()
+        for streams in self._streams.values():
+            for stream in streams:
+                stream.pump()
 
     def _break_streams_across(self, split: int) -> None:
         if split != self._splits:
             return
-        self._break([stream for stream, owner in self._streams.items() if not self.connected(owner, stream.peer)])
-
-    def _break(self, streams: list[MemoryStream]) -> None:
-        for stream in streams:
-            stream.reset()
-            del self._streams[stream]
-
-
-def _position(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest())
-
-
-class MemoryDht(Dht):
-    """One peer's view of the network's table, and its own share of it."""
-
-    def __init__(self, transport: MemoryTransport, validator: Validator | None) -> None:
-        self.table: dict[str, dict[str, DhtEntry]] = {}
-        self._transport = transport
-        self._validator = validator
-        self._last_expiry_s: dict[tuple[str, str], float] = {}
-
-    async def store(self, key: str, subkey: str, value: bytes, *, ttl_s: float) -> bool:
-        assert 0.0 < ttl_s <= MAX_TTL_S, "the caller chooses a possible time to live"
-        network = self._transport.network
-        await self._lookup_delay()
-        # Of two records under one subkey the later expiry wins, so a replacement must never expire earlier.
-        earliest_s = self._last_expiry_s.get((key, subkey), 0.0) + 1e-3
-        entry = DhtEntry(subkey=subkey, value=bytes(value), expires_at_s=max(network.now_s() + ttl_s, earliest_s))
-        self._last_expiry_s[key, subkey] = entry.expires_at_s
-        if not self._transport.alive:
-            return False
-        holders = network.nearest(key, self._transport.peer_id)
-        return sum(holder.dht.offer(key, entry) for holder in holders) > 0  # all of them, so not any()
-
-    async def get(self, key: str) -> list[DhtEntry]:
-        await self._lookup_delay()
-        if not self._transport.alive:
-            return []
-        best: dict[str, DhtEntry] = {}
-        for holder in self._transport.network.nearest(key, self._transport.peer_id):
-            for entry in holder.dht.table.get(key, {}).values():
-                known = best.get(entry.subkey)
-                if self._valid(key, entry) and (known is None or known.expires_at_s < entry.expires_at_s):
-                    best[entry.subkey] = entry
-        return list(best.values())
-
-    def offer(self, key: str, entry: DhtEntry) -> bool:
-        """Keep a record that another peer (or this one) sends, if it is valid and newer than ours."""
-        if not self._valid(key, entry):
-            return False
-        now_s = self._transport.network.now_s()
-        records = {name: old for name, old in self.table.get(key, {}).items() if old.expires_at_s > now_s}
-        known = records.get(entry.subkey)
-        if known is not None and known.expires_at_s >= entry.expires_at_s:
-            return False
-        records[entry.subkey] = entry
-        self.table[key] = records
-        return True
-
-    def _valid(self, key: str, entry: DhtEntry) -> bool:
-        now_s = self._transport.network.now_s()
-        return is_admissible(self._validator, key, entry.subkey, entry.value, entry.expires_at_s, now_s)
-
-    async def _lookup_delay(self) -> None:
-        await asyncio.sleep(2 * self._transport.network.default_link.latency_s)
+        for streams in self._streams.values():
+            for stream, owner in streams.items():
+                if not self.connected(owner, stream.peer):
+                    stream.reset()
 
 
 class MemoryTransport(Transport):
@@ -225,8 +232,9 @@ class MemoryTransport(Transport):
     def __init__(self, network: MemoryNetwork, peer_id: PeerId, *, validator: Validator | None = None) -> None:
         self.network = network
         self.peer_id = peer_id
-        self.position = _position(peer_id)
+        self.position = position_of(peer_id)
         self.traffic = Traffic()
+        self.counts = Counts()
         self.dht = MemoryDht(self, validator)
         self.incoming = Incoming()
         self.alive = False
@@ -246,7 +254,7 @@ class MemoryTransport(Transport):
         other = self._reach(PeerId(peer))
         if number != str(other.position >> 192):
             raise PeerUnreachableError(f"nobody answers at {address}")
-        await asyncio.sleep(2 * self.network.link(self.peer_id, other.peer_id).latency_s)
+        await asyncio.sleep(self.network.round_trip_s(self.peer_id, other.peer_id))
         return other.peer_id
 
     async def open(self, peer: PeerId, protocol: str, *, timeout_s: float = 10.0) -> Stream:
@@ -258,6 +266,7 @@ class MemoryTransport(Transport):
         other = self._reach(peer)
         if protocol not in other.incoming.handlers:
             raise PeerUnreachableError(f"{peer} does not speak {protocol}")
+        self.counts.streams += 1
         near, far = self.network.wire_streams(self, other)
         other.incoming.accept(protocol, far)
         return near
@@ -274,20 +283,17 @@ class MemoryTransport(Transport):
     async def _round_trip(self, peer: PeerId) -> None:
         while not self.network.connected(self.peer_id, peer):
             await self.network.repartitioned.wait()  # a dial's packets are sent again until one gets through
-        await asyncio.sleep(2 * self.network.link(self.peer_id, peer).latency_s)
+        await asyncio.sleep(self.network.round_trip_s(self.peer_id, peer))
 
     async def __aenter__(self) -> Self:
         if self.peer_id in self.network.transports:
             raise UserError(f"peer {self.peer_id} is already running; stop it first")
-        self.network.transports[self.peer_id] = self
-        self.alive = True
+        self.network.add(self)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self.alive = False
-        if self.network.transports.get(self.peer_id) is self:
-            del self.network.transports[self.peer_id]
+        self.network.remove(self)
         await self.incoming.close()
         await self.network.close_streams(self.peer_id)

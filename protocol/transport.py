@@ -34,6 +34,16 @@ class Stream(ABC):
             StreamClosedError: the stream ended first.
         """
 
+    async def read_into(self, out: memoryview) -> None:
+        """Fill `out` (flat, of single bytes): what bulk data is read with, since it spares copies where the transport can.
+
+        Cancelled or failed, it leaves `out` partly filled.
+
+        Raises:
+            StreamClosedError: the stream ended first.
+        """
+        out[:] = await self.read_exactly(out.nbytes)
+
     @abstractmethod
     async def write(self, data: bytes | memoryview) -> None:
         """Write all of `data`, waiting while the other side is slower (back-pressure).

@@ -21,7 +21,7 @@ from tests.averaging.swarm import DELTA_BYTES, RUN, SLOW_BYTES, Swarm, make_upda
 __all__ = ["TERMS", "Actor", "Deed"]
 
 PAYLOAD_BYTES = DELTA_BYTES + SLOW_BYTES
-TERMS = Terms(run=RUN, payload_bytes=PAYLOAD_BYTES, max_lag_rounds=1)
+TERMS = Terms(run=RUN, payload_bytes=lambda round: PAYLOAD_BYTES, max_lag_rounds=1)
 Deed = Literal["crash", "stall"]
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from averaging.exchange import Exchange, Progress, Terms
+from averaging.exchange_messages import payload_hash
 from protocol.identity import Identity
 from protocol.ids import RunId
 
 __all__ = ["ALICE", "BOB", "MALLORY", "TERMS", "Duo", "feed", "progress_of"]
 
-TERMS = Terms(run=RunId("ab" * 32), payload_bytes=8, max_lag_rounds=1)
+TERMS = Terms(run=RunId("ab" * 32), payload_bytes=lambda round: 8, max_lag_rounds=1)
 ALICE = Identity.generate(b"a" * 32)
 BOB = Identity.generate(b"b" * 32)
 MALLORY = Identity.generate(b"m" * 32)
@@ -20,16 +19,16 @@ def progress_of(payload: bytes, *, round: int = 5, tokens: int = 100) -> Progres
     return Progress(
         round=round,
         tokens=tokens,
-        delta_digest=hashlib.sha256(payload[:6]).digest(),
-        base_digest=hashlib.sha256(payload[6:]).digest(),
+        delta_digest=payload_hash(payload[:6]).digest(),
+        base_digest=payload_hash(payload[6:]).digest(),
     )
 
 
 def feed(exchange: Exchange, payload: bytes) -> None:
     exchange.receive_payload(
         num_bytes=len(payload),
-        delta_digest=hashlib.sha256(payload[:6]).digest(),
-        base_digest=hashlib.sha256(payload[6:]).digest(),
+        delta_digest=payload_hash(payload[:6]).digest(),
+        base_digest=payload_hash(payload[6:]).digest(),
     )
 
 

@@ -32,7 +32,31 @@ def test_noloco_is_heavy_ball_with_a_pull() -> None:
     torch.testing.assert_close(phi, expected_phi)
 
 
-@pytest.mark.parametrize("algorithm", ["noloco", "diloco"])
+def test_heavy_ball_diloco_is_torchs_sgd_and_noloco_without_a_pull() -> None:
+    (start, *deltas) = vectors(21)
+    diloco = OuterConfig(algorithm="diloco", momentum="heavy-ball", alpha=0.3, beta=0.7, gamma=0.0)
+    phi, momentum = start.clone(), torch.zeros_like(start)
+    other, other_momentum = start.clone(), torch.zeros_like(start)
+    parameter = torch.nn.Parameter(start.clone())
+    sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.3)
+    for delta in deltas:
+        parameter.grad = -delta
+        sgd.step()
+        outer_step(phi, momentum, delta.clone(), None, diloco)
+        outer_step(other, other_momentum, delta.clone(), None, OuterConfig(alpha=0.3, beta=0.7))
+        torch.testing.assert_close(phi, parameter.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(other, phi, rtol=1e-5, atol=1e-5)
+
+
+def test_sparseloco_is_a_plain_step_with_a_pull() -> None:
+    phi, momentum, delta, pull = vectors(4)
+    expected, before = phi + 0.9 * delta + 0.4 * pull, momentum.clone()
+    outer_step(phi, momentum, delta, pull, OuterConfig(algorithm="sparseloco", beta=0.9, gamma=0.4))
+    torch.testing.assert_close(phi, expected)
+    assert torch.equal(momentum, before)
+
+
+@pytest.mark.parametrize("algorithm", ["noloco", "diloco", "sparseloco"])
 def test_one_step_from_rest_goes_downhill(algorithm: Algorithm) -> None:
     """The paper's printed sign would move φ against Δ."""
     phi, delta = torch.zeros(8), torch.ones(8)
@@ -90,9 +114,18 @@ def test_papers_bound_is_wrong() -> None:
         ({"alpha": 1.0}, "alpha"),
         ({"alpha": -0.1}, "alpha"),
         ({"algorithm": "diloco", "gamma": 2.0}, "γ < 2"),
+        ({"algorithm": "sparseloco", "gamma": 2.0}, "γ < 2"),
         ({"algorithm": "magic"}, "unknown algorithm"),
+        ({"momentum": "nesterov"}, "nesterov momentum is diloco's"),
+        ({"algorithm": "pair-average", "momentum": "nesterov"}, "nesterov momentum is diloco's"),
+        ({"theta_only": True, "gamma": 0.6}, "gamma = beta"),
+        ({"algorithm": "diloco", "theta_only": True}, "noloco"),
+        ({"staleness_penalty": 0.0}, "staleness_penalty"),
+        ({"staleness_penalty": 1.1}, "staleness_penalty"),
+        ({"momentum_clip": -1.0}, "momentum_clip"),
+        ({"algorithm": "sparseloco", "momentum_clip": 1.0}, "needs a momentum"),
     ],
 )
-def test_divergent_constants_are_refused(changes: dict[str, object], message: str) -> None:
+def test_constants_that_can_not_work_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OuterConfig(**changes)  # type: ignore[arg-type]  # wrong values on purpose

@@ -1,3 +1,5 @@
+"""One replica with its partners: what travels, what a step does with it, what is refused."""
+
 from __future__ import annotations
 
 import struct
@@ -8,131 +10,12 @@ import pytest
 import torch
 
 from averaging.admission import AdmissionConfig
-from averaging.outer import Algorithm, OuterConfig, outer_step
-from averaging.replica import Outcome, Replica, ReplicaConfig
-from averaging.update import RemoteUpdate, Update
+from averaging.outer import Algorithm, OuterConfig
+from averaging.replica import Replica, ReplicaConfig
+from averaging.update import RemoteUpdate
 from kernels.dispatch import tile_numel
 from protocol.ids import PeerId
-
-NUMEL = 700  # two whole blocks of 256 and a tail
-OPEN = ReplicaConfig(admission=None, delta_codec="fp32", slow_codec="fp32")
-LOSSY = ReplicaConfig(admission=None, delta_codec="q8", slow_codec="bf16")
-ALGORITHMS: list[Algorithm] = ["local", "pair-average", "noloco", "diloco"]
-
-
-def noise(seed: int, scale: float = 1.0, numel: int = NUMEL) -> torch.Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def swarm(num_peers: int, config: ReplicaConfig, *, equal: bool = True, numel: int = NUMEL) -> list[Replica]:
-    return [Replica(noise(0 if equal else seed, 0.02, numel), config) for seed in range(num_peers)]
-
-
-def received(update: Update, peer: int) -> RemoteUpdate:
-    """What a partner holds after the exchange: its own copy."""
-    return RemoteUpdate(
-        peer=PeerId(f"peer{peer}"),
-        round=update.round,
-        tokens=update.tokens,
-        delta=memoryview(bytearray(update.delta)),
-        slow=memoryview(bytearray(update.slow)),
-    )
-
-
-def exchange(replicas: Sequence[Replica], *, tokens: Sequence[int] | None = None) -> list[Outcome]:
-    """All with all, everything delivered."""
-    counts = tokens or [100] * len(replicas)
-    updates = [
-        received(replica.pack(round=0, tokens=count), number)
-        for number, (replica, count) in enumerate(zip(replicas, counts, strict=True))
-    ]
-    return [replica.apply(updates[:own] + updates[own + 1 :]) for own, replica in enumerate(replicas)]
-
-
-def train(replica: Replica, seed: int, scale: float = 1e-3) -> torch.Tensor:
-    """Stands for inner steps; returns the progress made."""
-    progress = noise(seed, scale, replica.theta.numel())
-    replica.theta += progress
-    return progress
-
-
-@pytest.mark.parametrize("num_peers", [2, 3, 8])
-def test_everyone_together_is_heavy_ball_diloco(num_peers: int) -> None:
-    replicas = swarm(num_peers, OPEN)
-    phi, momentum = replicas[0].phi.double(), torch.zeros(NUMEL, dtype=torch.float64)
-    for step in range(6):
-        for number, replica in enumerate(replicas):
-            train(replica, 100 * step + number)
-        mean = torch.stack([replica.theta.double() for replica in replicas]).mean(0) - phi
-        exchange(replicas)
-        momentum = 0.5 * momentum + 0.7 * mean
-        phi = phi + momentum
-        for replica in replicas:
-            torch.testing.assert_close(replica.phi.double(), phi, rtol=1e-6, atol=2e-8)
-            assert torch.equal(replica.theta, replica.phi)
-
-
-def test_everyone_together_is_nesterov_diloco() -> None:
-    replicas = swarm(3, replace(OPEN, outer=OuterConfig(algorithm="diloco", alpha=0.9, beta=0.7)))
-    parameter = torch.nn.Parameter(replicas[0].phi.clone())
-    sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
-    for step in range(6):
-        for number, replica in enumerate(replicas):
-            train(replica, 100 * step + number)
-        parameter.grad = parameter.detach() - torch.stack([replica.theta for replica in replicas]).mean(0)
-        sgd.step()
-        exchange(replicas)
-        for replica in replicas:
-            torch.testing.assert_close(replica.phi, parameter.detach(), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("config", [OPEN, LOSSY], ids=["exact", "lossy"])
-@pytest.mark.parametrize("num_peers", [2, 5])
-def test_mean_of_slow_weights_is_conserved_without_training(config: ReplicaConfig, num_peers: int) -> None:
-    """Δ = 0, δ = 0. Holds for lossy codecs too, since both sides use the sent values."""
-    replicas = swarm(num_peers, config, equal=False)
-    before = torch.stack([replica.phi.double() for replica in replicas]).mean(0)
-    distance = (replicas[0].phi - replicas[1].phi).norm()
-    exchange(replicas)
-    after = torch.stack([replica.phi.double() for replica in replicas]).mean(0)
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-8)
-    assert (replicas[0].phi - replicas[1].phi).norm() < 0.5 * distance
-
-
-def test_lossy_codecs_do_not_drive_equal_replicas_apart() -> None:
-    """With the group = everyone, both sides add the same decoded values in the same proportions."""
-    replicas = swarm(2, LOSSY)
-    for step in range(10):
-        for number, replica in enumerate(replicas):
-            train(replica, 100 * step + number)
-        exchange(replicas)
-        assert torch.equal(replicas[0].phi, replicas[1].phi)
-
-
-def test_tokens_weigh_progress() -> None:
-    replicas = swarm(2, OPEN)
-    start = replicas[0].phi.clone()
-    progress = [train(replica, 1 + number) for number, replica in enumerate(replicas)]
-    exchange(replicas, tokens=[300, 100])
-    for replica in replicas:
-        torch.testing.assert_close(replica.phi, start + 0.7 * (0.75 * progress[0] + 0.25 * progress[1]))
-
-
-@pytest.mark.parametrize("config", [OPEN, LOSSY], ids=["exact", "lossy"])
-@pytest.mark.parametrize("algorithm", ["noloco", "diloco"])
-def test_dropped_exchange_is_the_solo_step_bit_for_bit(config: ReplicaConfig, algorithm: Algorithm) -> None:
-    outer = OuterConfig(algorithm=algorithm)
-    replica = Replica(noise(0), replace(config, outer=outer))
-    phi, momentum = replica.phi.clone(), replica.momentum.clone()
-    for step in range(3):
-        train(replica, step)
-        outer_step(phi, momentum, replica.theta - phi, None, outer)
-        replica.pack(round=step, tokens=1)
-        assert replica.apply([]).kind == "solo"
-        assert torch.equal(replica.phi, phi)
-        assert torch.equal(replica.momentum, momentum)
-        assert torch.equal(replica.theta, phi)
-        assert not replica.residual.any()
+from tests.averaging.replicas import ALGORITHMS, LOSSY, NUMEL, OPEN, exchange, meet, noise, received, swarm, train
 
 
 def test_refused_exchange_is_the_solo_step_and_keeps_the_residual() -> None:
@@ -150,29 +33,6 @@ def test_refused_exchange_is_the_solo_step_and_keeps_the_residual() -> None:
     for name in ("phi", "momentum", "theta"):
         assert torch.equal(getattr(met, name), getattr(alone, name))
     assert met.residual.any(), "the partner has our bytes, so what they lacked must be sent later"
-
-
-@pytest.mark.parametrize("delta_codec", ["q8", "bf16"])
-def test_what_was_sent_plus_the_residual_is_the_sum_of_progress(delta_codec: str) -> None:
-    """Progress of dropped rounds is never sent, and the residual waits."""
-    replica, partner = (Replica(noise(0, 0.02), replace(LOSSY, delta_codec=delta_codec)) for _ in range(2))
-    total, sent = torch.zeros(NUMEL).double(), torch.zeros(NUMEL).double()
-    for step in range(30):
-        train(replica, step)
-        train(partner, 1000 + step)
-        progress = (replica.theta - replica.phi).double()
-        update = replica.pack(round=step, tokens=1)
-        if step % 3 == 2:
-            replica.apply([])
-            continue
-        decoded = torch.empty(NUMEL)
-        replica._delta_codec.decode(torch.frombuffer(bytearray(update.delta), dtype=torch.uint8), decoded)
-        sent += decoded.double()
-        total += progress
-        replica.apply([received(partner.pack(round=step, tokens=1), 1)])
-        partner.apply([])
-    torch.testing.assert_close(sent + replica.residual.double(), total, rtol=0, atol=1e-8)
-    assert 0 < replica.residual.norm() < 0.02 * total.norm()
 
 
 @pytest.mark.parametrize("algorithm", ["noloco", "diloco", "pair-average"])
@@ -194,8 +54,7 @@ def test_progress_made_during_the_exchange_is_kept(algorithm: Algorithm) -> None
 
 def test_pair_average_takes_the_plain_mean_of_both_weights() -> None:
     replicas = swarm(2, replace(OPEN, outer=OuterConfig(algorithm="pair-average")), equal=False)
-    assert replicas[0].num_delta_bytes == 0
-    assert replicas[0].num_slow_bytes == 4 * NUMEL
+    assert replicas[0].config.payload_bytes(NUMEL) == (0, 4 * NUMEL)
     for number, replica in enumerate(replicas):
         train(replica, number, scale=1.0)
     mean = (replicas[0].theta + replicas[1].theta) / 2
@@ -248,17 +107,34 @@ def test_vectors_of_several_tiles() -> None:
     assert outcome.delta_norm == pytest.approx(float(progress[0].norm()), rel=1e-3)
 
 
-def test_admission_weighs_newcomers_and_clips() -> None:
-    """With equal Δ norms a fresh pair is clipped to τ = ‖Δi‖ and weighs a quarter (SECURITY.md, step 3)."""
+def test_the_step_takes_admission_s_weight_and_clipping() -> None:
     config = replace(OPEN, admission=AdmissionConfig())
     replicas = swarm(2, config)
     start = replicas[0].phi.clone()
     ours, theirs = (train(replica, 1 + number) for number, replica in enumerate(replicas))
     outcome = exchange(replicas)[0]
-    assert outcome.kind == "clipped"
-    difference = theirs - ours
-    clipped = difference * (ours.norm() / difference.norm())
-    torch.testing.assert_close(replicas[0].phi, start + 0.7 * (ours + 0.5 * 0.25 * clipped), rtol=0, atol=1e-7)
+    verdict = outcome.verdicts[PeerId("peer1")]
+    assert outcome.kind == verdict.kind == "clipped"
+    clipped = (theirs - ours) * (ours.norm() / (theirs - ours).norm())  # τ = ‖Δi‖ in the first round
+    expected = start + 0.7 * (ours + 0.5 * verdict.weight * clipped)
+    torch.testing.assert_close(replicas[0].phi, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"delta_codec": "lattice"}, "delta_codec 'lattice' is none of"),
+        ({"slow_codec": "topk"}, "slow_codec 'topk' is none of"),
+        ({"error_decay": 0.0}, "error_decay"),
+        ({"lag_decay": 1.5}, "lag_decay"),
+        ({"fragments": 0}, "fragments"),
+        ({"blend": 0.5}, "only one fragment"),
+        ({"fragments": 2, "blend": 1.0}, "blend"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReplicaConfig(**changes)  # type: ignore[arg-type]  # wrong values on purpose
 
 
 BAD = {
@@ -360,34 +236,6 @@ def test_joiner_starts_from_the_swarms_slow_weights() -> None:
     assert not replicas[0].residual.any()
     with pytest.raises(AssertionError, match="without a pack"):
         replicas[0].apply([])
-
-
-def test_spread_shrinks_with_the_learning_rate() -> None:
-    """Replicas under random pairing stay apart in proportion to the size of their progress."""
-    spreads = []
-    for scale in (1e-3, 1e-4):
-        replicas = swarm(8, OPEN)
-        generator = torch.Generator().manual_seed(0)
-        for step in range(40):
-            for number, replica in enumerate(replicas):
-                train(replica, 100 * step + number, scale)
-            order = torch.randperm(8, generator=generator).tolist()
-            for first, second in zip(order[0::2], order[1::2], strict=True):
-                exchange([replicas[first], replicas[second]])
-        stack = torch.stack([replica.phi for replica in replicas])
-        spreads.append(float((stack - stack.mean(0)).norm()))
-    assert spreads[1] == pytest.approx(spreads[0] / 10, rel=0.05)
-
-
-def meet(replicas: Sequence[Replica], group: Sequence[int], generator: torch.Generator) -> list[Outcome]:
-    """One round of random pairs within a group."""
-    order = [group[place] for place in torch.randperm(len(group), generator=generator).tolist()]
-    outcomes = []
-    for first, second in zip(order[0::2], order[1::2], strict=True):
-        updates = {n: received(replicas[n].pack(round=0, tokens=100), n) for n in (first, second)}
-        outcomes.append(replicas[first].apply([updates[second]]))
-        outcomes.append(replicas[second].apply([updates[first]]))
-    return outcomes
 
 
 def train_all(replicas: Sequence[Replica], step: int) -> None:

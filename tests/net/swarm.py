@@ -32,14 +32,9 @@ RUN_SETTINGS = TINY | {
     "sync.exchange_timeout_s": 5.0,
     "sync.max_lag_rounds": 8,
     "sync.snapshot_rounds": 10,
-    "safety.newcomer_weight": 1.0,
-    "safety.clip_factor": 30.0,
-    "safety.reject_factor": 100.0,
 }
 """Rounds of about a second, most of it spent in the model: shorter ones would be over before a record has told of them. A
-snapshot lasts for many, since its copies and their votes spread with the records, which takes some seconds each.
-Admission is wide open, since a peer that chance has left alone for some rounds would be refused for its distance, and these
-tests are about processes and sockets."""
+snapshot lasts for many, since its copies and their votes spread with the records, which takes some seconds each."""
 LISTEN = "--listen=/ip4/127.0.0.1/tcp/0"
 SEQUENCES = "--sequences=32"
 """Spares the benchmark before the first step."""

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.checkpoint import save_checkpoint
 from model.weights import encode_weights
-from node.catchup import NUM_VOTES, WAIT_FOR_STATE_S, StateFetcher, choose_snapshots
+from node.catchup import NUM_VOTES, WAIT_FOR_STATE_S, Start, StateFetcher, choose_snapshots, find_start
+from node.checkpoints import Checkpoints
 from node.compute import VirtualCompute
 from node.trainer import Trainer
 from protocol.directory import Directory
 from protocol.errors import TransportError
+from protocol.ids import BlobId
 from protocol.records import SnapshotRef
 from protocol.virtual_time import run_virtual
 from tests.node.swarm import Node, listening, neighbourhood, reference, trainers
@@ -219,11 +222,140 @@ def test_the_swarms_round_is_the_median_of_what_trainers_claim(trainer: Trainer,
     async def story() -> None:
         async with neighbourhood(tmp_path, 6) as nodes:
             scene = Scene(trainer, nodes)
-            assert await scene.fetcher.swarm_round() is None
+            assert scene.fetcher.swarm_round() is None
             await scene.show({1: []}, round=7)
             await scene.show({2: [], 3: []}, round=8)
             await scene.show({4: []}, round=10**9)
             await scene.directory.refresh()
-            assert await scene.fetcher.swarm_round() == 8
+            assert scene.fetcher.swarm_round() == 8
+
+    run_virtual(story())
+
+
+def test_a_state_that_cannot_be_had_just_now_is_tried_again(trainer: Trainer, tmp_path: Path) -> None:
+    """Three peers vouch for it, but their disks do not give it out yet; it is told once and asked for until it comes."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 4) as nodes:
+            scene = Scene(trainer, nodes)
+            data = weights_like(trainer, 1.01)
+            good = reference(8, data, nodes[1])
+            nodes[1].store.remove(BlobId(good.root))
+            await scene.show({1: [good], 2: [good], 3: [good]})
+            fetch = asyncio.ensure_future(scene.fetcher.fetch())
+            await asyncio.sleep(5.0)
+            assert not fetch.done()
+            for node in nodes[1:]:
+                node.store.put(data)
+            assert await fetch == good
+            assert len(scene.named("state_unavailable")) == 1
+            assert scene.named("state_refused") == []
+
+    run_virtual(story())
+
+
+def test_a_liar_seen_first_does_not_decide_how_far_the_swarm_is(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 4) as nodes:
+            scene = Scene(trainer, nodes)
+            await scene.show({3: []}, round=10**9)
+            fetch = asyncio.ensure_future(scene.fetcher.fetch())
+            await asyncio.sleep(0.6)
+            await scene.show({1: [], 2: []}, round=1)
+            assert await fetch is None
+            assert scene.fetcher.swarm_round() == 1
+
+    run_virtual(story())
+
+
+def test_a_training_peer_takes_the_swarm_s_weights_and_keeps_its_round(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 4) as nodes:
+            scene = Scene(trainer, nodes)
+            trainer.round = 11
+            trainer.optimizer.state[next(trainer.model.parameters())] = {"step": torch.tensor(3.0)}
+            bad = reference(8, weights_like(trainer, 30.0), *nodes[1:])
+            good = reference(4, weights_like(trainer, 1.01), *nodes[1:])
+            await scene.show({1: [bad], 2: [bad], 3: [bad]})
+            assert await scene.fetcher.refetch() is None
+            assert await scene.fetcher.refetch() is None
+            assert len(scene.named("state_refused")) == 1, "what was bad is not fetched again every round"
+            expected = trainer.replica.phi * 1.01
+            await scene.show({1: [good, bad], 2: [good, bad], 3: [good, bad]})
+            assert await scene.fetcher.refetch() == good
+            assert torch.equal(trainer.replica.phi, expected)
+            assert torch.equal(trainer.flat.theta, expected)
+            assert trainer.round == 11
+            assert not trainer.optimizer.state
+
+    run_virtual(story())
+
+
+# ---- what to start from
+
+
+async def start(scene: Scene, folder: Path) -> Start:
+    checkpoints = Checkpoints(folder, compute=VirtualCompute(seconds_per_call=0.1), events=scene.events)
+    return await find_start(scene.trainer, fetcher=scene.fetcher, checkpoints=checkpoints, events=scene.events)
+
+
+@pytest.mark.parametrize(("swarm_round", "event"), [(25, "resumed"), (26, "state_adopted")])
+def test_an_old_checkpoint_gives_way_to_the_swarm_s_state(
+    trainer: Trainer, tmp_path: Path, swarm_round: int, event: str
+) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 4) as nodes:
+            scene = Scene(trainer, nodes)
+            trainer.round = 5
+            save_checkpoint(tmp_path / "saved", *trainer.checkpoint(None), generation=1)
+            good = reference(swarm_round - 1, weights_like(trainer, 1.01), *nodes[1:])
+            await scene.show({1: [good], 2: [good], 3: [good]}, round=swarm_round)
+            found = await start(scene, tmp_path / "saved")
+            assert [name for name, _ in scene.heard] == [event]
+            assert found.adopted == (good if event == "state_adopted" else None)
+
+    run_virtual(story())
+
+
+def test_a_checkpoint_waits_for_the_directory_s_first_answer(trainer: Trainer, tmp_path: Path) -> None:
+    """One empty look does not mean that the swarm is gone: it may be far ahead."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 4) as nodes:
+            scene = Scene(trainer, nodes)
+            save_checkpoint(tmp_path / "saved", *trainer.checkpoint(None), generation=1)
+            good = reference(99, weights_like(trainer, 1.01), *nodes[1:])
+            found = asyncio.ensure_future(start(scene, tmp_path / "saved"))
+            await asyncio.sleep(0.3)
+            await scene.show({1: [good], 2: [good], 3: [good]}, round=100)
+            assert (await found).adopted == good
+
+    run_virtual(story())
+
+
+def test_old_weights_are_better_than_none(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 3) as nodes:
+            scene = Scene(trainer, nodes)
+            trainer.round = 5
+            save_checkpoint(tmp_path / "saved", *trainer.checkpoint(None), generation=1)
+            await scene.show({1: [], 2: []}, round=100)
+            assert (await start(scene, tmp_path / "saved")).adopted is None
+            assert scene.named("resumed")
+
+    run_virtual(story())
+
+
+def test_nobody_and_nothing_leaves_the_initial_weights(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 2) as nodes:
+            scene = Scene(trainer, nodes)
+            before = trainer.replica.phi.clone()
+            assert await start(scene, tmp_path / "none") == Start()
+            assert trainer.round == 0
+            await scene.show({1: []}, round=1)
+            assert await start(scene, tmp_path / "none") == Start()
+            assert trainer.round == 1
+            assert torch.equal(trainer.replica.phi, before)
 
     run_virtual(story())

@@ -30,6 +30,7 @@ COMMANDS = [
     ["generate"],
     ["export"],
     ["demo"],
+    ["simulate"],
     ["identity"],
     ["identity", "show"],
     ["identity", "backup"],

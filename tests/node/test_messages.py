@@ -17,11 +17,15 @@ SILENT = {"step", "checkpoint_saved", "log", "serving", "summary"}
 """For programs, or shown in another way."""
 
 VALUES: dict[str, Any] = {
+    "agreed": True,
     "addresses": ["/ip4/192.0.2.1/tcp/4001/p2p/x"],
     "bytes": 1000,
+    "distance": 0.00023,
     "donors": 3,
     "fallback": True,
     "loss": 3.25,
+    "meetings": 7,
+    "outcome": "averaged",
     "own": 3,
     "partner": identity(1).peer_id,
     "peers": 3,
@@ -54,8 +58,7 @@ def fields_for(event: str, names: set[str]) -> dict[str, Any]:
         names = set(ExchangeNote.model_fields)
     if event == "swarm":
         names = {"peers", "training", "round", "val_loss", "tokens_per_s"}
-    fields = {name: VALUES.get(name, 7 if name in NUMBERS else f"the {name}") for name in names}
-    return fields | ({"outcome": "averaged"} if event == "exchange" else {})
+    return {name: VALUES.get(name, 7 if name in NUMBERS else f"the {name}") for name in names}
 
 
 def test_the_source_is_read() -> None:
@@ -118,3 +121,15 @@ def test_logged_errors_are_shown_and_logged_warnings_are_not() -> None:
     message = describe("log", {"level": "error", "source": "x", "text": "p2pd does not come back"})
     assert message is not None
     assert message.level == "warning"
+
+
+def test_the_end_of_a_run_in_words() -> None:
+    fields = {"partner": identity(1).peer_id, "outcome": "clipped", "seconds": 0.26, "distance": None}
+    meeting = describe("consolidation", fields)
+    assert meeting is not None
+    assert meeting.text.startswith("Final averaging: averaged with")
+    for agreed, words in [(True, "All peers hold one model"), (False, "Stopped averaging before")]:
+        end = describe("consolidated", {"agreed": agreed, "meetings": 7, "distance": 0.00023, "loss": 3.25})
+        assert end is not None
+        assert end.text.startswith(words)
+        assert "0.0002" in end.text

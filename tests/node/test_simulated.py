@@ -4,61 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from node.compute import VirtualCompute
 from node.demo_check import relative_spread
-from node.events import EventLog
-from node.peer import Peer, PeerOptions, Summary
 from node.simulated import run_swarm
-from protocol.blobs import BlobStore
-from protocol.directory import validate_entry
-from protocol.identity import Identity
-from protocol.memory import LinkSpec, MemoryNetwork, MemoryTransport
-from protocol.publication import SignedManifest
 from protocol.virtual_time import run_virtual
+from tests.node.memory_swarm import MemorySwarm, phi
 from tests.node.runs import tiny_run
-
-
-def phi(peer: Peer) -> torch.Tensor:
-    assert peer.trainer is not None
-    return peer.trainer.replica.phi.clone()
-
-
-class Swarm:
-    """A few peers on one memory network, each with its own blob store and folder, steered by a test."""
-
-    def __init__(self, signed: SignedManifest, seed_store: BlobStore, folder: Path) -> None:
-        self.signed, self.seed_store, self.folder = signed, seed_store, folder
-        self.network = MemoryNetwork(link=LinkSpec(latency_s=0.01, bytes_per_s=1e7))
-        self.peers: dict[str, Peer] = {}
-        self.events: dict[str, list[str]] = {}
-        self.summaries: dict[str, Summary] = {}
-
-    async def live(self, name: str, *, rounds: int = 0, own_store: bool = False, step_s: float = 0.3) -> Summary:
-        """One peer's whole life."""
-        identity = Identity.generate(name.encode().ljust(32, b"."))
-        home = self.folder / name
-        home.mkdir(exist_ok=True)
-        log: list[str] = self.events.setdefault(name, [])
-        events = EventLog()
-        events.listen(lambda event, fields: log.append(event))
-        async with MemoryTransport(self.network, identity.peer_id, validator=validate_entry) as transport:
-            peer = self.peers[name] = Peer(
-                self.signed,
-                identity=identity,
-                transport=transport,
-                store=BlobStore(home / "blobs") if own_store else self.seed_store,
-                compute=VirtualCompute(seconds_per_call=step_s),
-                events=events,
-                folder=home,
-                options=PeerOptions(name=name, sequences=4, max_rounds=rounds),
-            )
-            self.summaries[name] = await peer.run()
-            return self.summaries[name]
 
 
 @pytest.mark.parametrize("num_peers", [1, 2, 3])
@@ -87,20 +41,20 @@ def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
 def test_a_stopped_peer_resumes_bit_for_bit(tmp_path: Path) -> None:
     # Without overlap: a session's last exchange is always waited for, so with it the outer step would come at another moment.
     signed, store = tiny_run(tmp_path, sync__overlap=False)
-    whole = Swarm(signed, store, tmp_path)
+    whole = MemorySwarm(signed, store, tmp_path)
     run_virtual(whole.live("whole"))
     # The second life has the same identity, hence the same shards, under another folder.
-    parts = Swarm(signed, store, tmp_path / "again")
+    parts = MemorySwarm(signed, store, tmp_path / "again")
     (tmp_path / "again").mkdir()
     run_virtual(parts.live("whole", rounds=2))
     run_virtual(parts.live("whole"))
-    assert "resumed" in parts.events["whole"]
+    assert parts.named("whole", "resumed")
     assert torch.equal(phi(whole.peers["whole"]), phi(parts.peers["whole"]))
 
 
 def test_a_late_peer_takes_its_state_from_the_others(tmp_path: Path) -> None:
     signed, store = tiny_run(tmp_path, sync__total_rounds=0)
-    swarm = Swarm(signed, store, tmp_path)
+    swarm = MemorySwarm(signed, store, tmp_path)
 
     async def story() -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -112,7 +66,7 @@ def test_a_late_peer_takes_its_state_from_the_others(tmp_path: Path) -> None:
                 swarm.peers[name].stop()
 
     run_virtual(story())
-    assert "state_adopted" in swarm.events["late"]
+    assert swarm.named("late", "state_adopted")
     late = swarm.summaries["late"]
     first = swarm.summaries["a"]
     assert late.val_loss_start is not None
@@ -122,7 +76,7 @@ def test_a_late_peer_takes_its_state_from_the_others(tmp_path: Path) -> None:
 
 def test_a_crash_costs_the_others_nothing_but_the_partner(tmp_path: Path) -> None:
     signed, store = tiny_run(tmp_path, sync__total_rounds=6)
-    swarm = Swarm(signed, store, tmp_path)
+    swarm = MemorySwarm(signed, store, tmp_path)
 
     async def story() -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -141,12 +95,8 @@ def test_a_crash_costs_the_others_nothing_but_the_partner(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("step_s", [0.9, 0.06], ids=["a slow one", "a fast one"])
 def test_a_peer_of_another_speed_stays_with_the_swarm(tmp_path: Path, step_s: float) -> None:
-    # Admission is wide open: a peer with 16 times the tokens is far away, and this is about meeting at all.
-    trusting: dict[str, Any] = {"safety__reject_factor": 100.0, "safety__newcomer_weight": 1.0}
-    signed, store = tiny_run(
-        tmp_path, sync__total_rounds=0, sync__inner_steps=10, sync__exchange_timeout_s=6.0, **trusting
-    )
-    swarm = Swarm(signed, store, tmp_path)
+    signed, store = tiny_run(tmp_path, sync__total_rounds=0, sync__inner_steps=10, sync__exchange_timeout_s=6.0)
+    swarm = MemorySwarm(signed, store, tmp_path)
 
     async def story() -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -166,7 +116,7 @@ def test_a_peer_of_another_speed_stays_with_the_swarm(tmp_path: Path, step_s: fl
 
 def test_a_run_that_never_averages_neither_waits_nor_skips(tmp_path: Path) -> None:
     signed, store = tiny_run(tmp_path, sync__total_rounds=0, sync__algorithm="local")
-    swarm = Swarm(signed, store, tmp_path)
+    swarm = MemorySwarm(signed, store, tmp_path)
 
     async def story() -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from averaging.exchange_messages import Ack, Answer, Offer, Propose
+from averaging.exchange_messages import Ack, Answer, Offer, Propose, payload_hash
 from averaging.pairing import priority
 from averaging.search import PROTOCOL as EXCHANGE_PROTOCOL
 from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL
@@ -26,6 +26,7 @@ def test_vectors() -> None:
     zero, one = Identity.generate(bytes(32)), Identity.generate(b"\1" * 32)
     zeros = bytes(LEAF_BYTES)
     expected = {
+        'payload digest of "llm-node"': payload_hash(b"llm-node").hexdigest(),
         "blob id of the empty blob": LeafList.of_leaves([]).blob,
         'blob id of "llm-node"': LeafList.of_leaves([b"llm-node"]).blob,
         'blob id of 2 MiB of zeros, then "abc"': LeafList.of_leaves([zeros, zeros, b"abc"]).blob,

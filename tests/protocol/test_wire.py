@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal, TypeVar
 
 import msgpack
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -398,3 +399,39 @@ async def test_a_large_claim_costs_no_memory_before_it_arrives() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+class TestReadingIntoABuffer:
+    def test_each_chunk_is_handed_over_when_it_is_there(self) -> None:
+        async def serve(stream: Stream) -> None:
+            await wire.write_bulk(stream, BULK)
+
+        out, seen = memoryview(bytearray(len(BULK))), []
+
+        async def call(stream: Stream) -> None:
+            await wire.read_bulk_into(stream, out, take_chunk=lambda chunk: seen.append(bytes(chunk)))
+
+        over_link(LinkSpec(latency_s=0.1, bytes_per_s=1e6), serve, call)
+        assert out == BULK
+        assert b"".join(seen) == BULK
+        assert [len(chunk) for chunk in seen] == [wire.CHUNK_BYTES] * 3 + [4]
+
+    def test_a_trickle_ends_at_the_chunk_s_deadline(self) -> None:
+        async def serve(stream: Stream) -> None:
+            await stream.write(BULK)
+
+        async def call(stream: Stream) -> None:
+            with pytest.raises(DeadlineError, match="0 of 3145732 bytes"):
+                await wire.read_bulk_into(stream, memoryview(bytearray(len(BULK))))
+
+        _, seconds = over_link(LinkSpec(bytes_per_s=1000), serve, call)
+        assert seconds == pytest.approx(wire.CHUNK_TIMEOUT_S + wire.CHUNK_BYTES / wire.MIN_BYTES_PER_S)
+
+    def test_a_large_buffer_takes_no_memory_before_it_is_written_to(self) -> None:
+        process = psutil.Process()
+        before_bytes = process.memory_info().rss
+        buffer = wire.bulk_buffer(1 << 30)
+        buffer[5 << 20] = 1
+        assert process.memory_info().rss - before_bytes < 64 << 20
+        assert (buffer.nbytes, buffer[0], buffer[5 << 20]) == (1 << 30, 0, 1)
+        assert wire.bulk_buffer(0).nbytes == 0

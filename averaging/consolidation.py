@@ -1,0 +1,121 @@
+"""The end of a run: plain averaging without training, until the peers hold one model.
+
+Gossip leaves every replica a little different. After the last round each peer goes on meeting random partners and takes the mean
+of both weights, in fp32. The squared spread halves about once per round, so ⌈4·log2 N⌉ + 8 rounds bring a spread of a tenth
+below a thousandth. A peer has agreed when the last two meetings, with different partners, found the weights of both sides nearer
+than the tolerance before they were averaged.
+
+Liars: without progress of our own, admission's bound would be zero, and the usual one, met at every meeting, would let a liar lead
+us anywhere. So the bound starts at a few usual distances between replicas, since some peer may not have met anybody for a while,
+and shrinks by SHRINKAGE per meeting: more slowly than the distances between honest peers, and the sum of all steps stays below
+a few usual distances, whatever is sent. A peer that has met nobody in the whole run takes its first partner's distance for usual.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from averaging.admission import Verdict
+from averaging.outer import OuterConfig
+from averaging.replica import Replica, ReplicaConfig
+from averaging.update import RemoteUpdate, Update
+from protocol.ids import PeerId
+
+__all__ = ["AGREEING_PARTNERS", "Agreement", "Consolidation", "num_rounds"]
+
+AGREEING_PARTNERS = 2
+"""Different partners in a row that must be within the tolerance; one where there is only one."""
+FIRST_BOUND = 3.0
+"""Admission's bound at the first meeting, in usual distances."""
+SHRINKAGE = 0.8
+"""Factor on the bound per meeting; honest distances shrink by about 0.71."""
+_LEAST_NORM = 1e-30  # weights that are all zero have no relative distance
+
+
+def num_rounds(num_peers: int) -> int:
+    """Rounds after which `num_peers` peers stop, agreed or not."""
+    return math.ceil(4 * math.log2(max(num_peers, 2))) + 8
+
+
+class Agreement:
+    """Whether the last partners held the same model.
+
+    Args:
+        tolerance: ‖θi − θj‖/‖θi‖ below which two models are the same.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._partners: set[PeerId] = set()
+        self.distance: float | None = None
+        """‖θi − θj‖/‖θi‖ at the last meeting, before it; None before the first."""
+
+    def met(self, partner: PeerId, distance: float) -> None:
+        """A meeting found this distance."""
+        self.distance = distance
+        if distance < self._tolerance:
+            self._partners.add(partner)
+        else:
+            self._partners.clear()
+
+    def is_reached(self, num_others: int) -> bool:
+        """Whether enough different partners in a row agreed, with so many others about."""
+        return len(self._partners) >= min(AGREEING_PARTNERS, max(num_others, 1))
+
+
+class Consolidation:
+    """One peer's side of it. Not thread-safe, like the replica.
+
+    Args:
+        replica: the trained one. Its φ is averaged in place and is a whole model at any moment between two calls.
+        tolerance: see `Agreement`.
+    """
+
+    def __init__(self, replica: Replica, *, tolerance: float) -> None:
+        self.agreement = Agreement(tolerance)
+        self._trained, self._tolerance = replica, tolerance
+        self._averaging = Replica(
+            replica.phi,
+            ReplicaConfig(
+                outer=OuterConfig(algorithm="pair-average"),
+                admission=replica.config.admission,
+                slow_codec="fp32",
+                lag_decay=1.0,  # nobody trains: what a partner some rounds behind holds is not out of date
+            ),
+        )
+        # The partners are known already, but distances begin anew.
+        history = replica.admission.state_dict() | {"delta": [], "slow": [], "own": [], "far": {}}
+        self._averaging.admission.load_state_dict(history)
+        self._bound = FIRST_BOUND * replica.admission.usual_distance or math.inf
+        self._norm = 0.0
+
+    @property
+    def num_payload_bytes(self) -> int:
+        """Bytes sent per partner."""
+        return self._averaging.num_payload_bytes
+
+    def pack(self, round: int) -> Update:
+        """Our weights for one meeting, in buffers that are valid until the next `pack`."""
+        self._norm = float(torch.linalg.vector_norm(self._trained.phi))
+        self._averaging.admission.least_progress = max(self._bound, self._tolerance * self._norm)
+        return self._averaging.pack(round=round, tokens=0)
+
+    def apply(self, partner: RemoteUpdate) -> tuple[Verdict, float]:
+        """Take the mean of the packed weights and the partner's, as far as admission lets it.
+
+        Returns:
+            What admission said, and ‖θi − θj‖/‖θi‖ before; infinite if it cannot be told.
+        """
+        verdict = self._averaging.apply([partner]).verdicts[partner.peer]
+        slow = math.inf if verdict.distances is None else verdict.distances.slow
+        distance = slow / max(self._norm, _LEAST_NORM) if math.isfinite(slow) else math.inf
+        if verdict.kind != "refused":
+            self.agreement.met(partner.peer, distance)
+            self._bound = SHRINKAGE * (self._bound if math.isfinite(self._bound) else FIRST_BOUND * slow)
+        return verdict, distance
+
+    def finish(self) -> None:
+        """Let the fast weights be the consolidated ones too; momentum and residual belong to none of them and are dropped."""
+        self._trained.replace_slow(self._trained.phi)

@@ -1,0 +1,64 @@
+"""The settings of a replica: what travels, in which format, and how a partner's share enters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from averaging.admission import AdmissionConfig
+from averaging.codec import DELTA_CODECS, SLOW_CODECS, codec_named
+from averaging.fragments import Fragments
+from averaging.outer import OuterConfig
+
+__all__ = ["ReplicaConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaConfig:
+    """How one run averages.
+
+    Args:
+        outer: the outer optimizer.
+        admission: bounds on partners; None trusts every finite update (closed swarms, simulations).
+        delta_codec: format of Δ.
+        slow_codec: format of φ (pair-average and theta_only: of θ).
+        error_decay: factor b in (0, 1] on the error feedback: e ← b·e + Δ − sent.
+        fragments: number of fragments F, of which each round exchanges one.
+        blend: a in [0, 1), with F > 1: θ ← a·θ + (1 − a)·outer step.
+        lag_decay: factor in (0, 1] on a partner's Δ and φ, per round between its and ours.
+        compiled: whether the kernels run through torch.compile: True, False, or None for "when the model is large". Off by
+            default, since compiling takes longer than many rounds' worth of eager encoding.
+
+    Raises:
+        ValueError: a codec that does not fit, or a number out of its range.
+    """
+
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    admission: AdmissionConfig | None = field(default_factory=AdmissionConfig)
+    delta_codec: str = "q8"
+    slow_codec: str = "bf16"
+    error_decay: float = 1.0
+    fragments: int = 1
+    blend: float = 0.0
+    lag_decay: float = 0.5
+    compiled: bool | None = False
+
+    def __post_init__(self) -> None:
+        if self.delta_codec not in DELTA_CODECS:
+            raise ValueError(f"delta_codec {self.delta_codec!r} is none of {', '.join(DELTA_CODECS)}")
+        if self.slow_codec not in SLOW_CODECS:
+            raise ValueError(f"slow_codec {self.slow_codec!r} is none of {', '.join(SLOW_CODECS)}")
+        for name in ("error_decay", "lag_decay"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} {getattr(self, name)} is outside 0 < {name} ≤ 1")
+        if self.fragments < 1:
+            raise ValueError(f"fragments {self.fragments} is below 1")
+        if not 0.0 <= self.blend < 1.0 or (self.blend > 0.0 and self.fragments == 1):
+            raise ValueError(f"blend {self.blend} is outside 0 ≤ blend < 1, or there is only one fragment")
+
+    def payload_bytes(self, num_parameters: int, round: int = 0) -> tuple[int, int]:
+        """Exact bytes of (Δ, φ) on the wire in one round, for a model of that size."""
+        fragments = Fragments(num_parameters, self.fragments)
+        numel = fragments.numel(fragments.index(round))
+        delta = codec_named(self.delta_codec).num_bytes(numel) if self.outer.sends_delta else 0
+        slow = codec_named(self.slow_codec).num_bytes(numel) if self.outer.sends_slow else 0
+        return delta, slow

@@ -1,0 +1,189 @@
+"""The end of a finite run: the peers average until they hold one model, which is then saved and exported.
+
+    ready ──► wait for those who still train ──► meet, meet, … ──► agreed ──► wait for the others' word ──► one model
+                  (at most a round and an exchange)   (bounded number, each with the run's exchange deadline)
+
+Peers meet at random (averaging/consolidation.py) in rounds that are numbered far beyond the last one of the run, so that no
+exchange of training pairs with one of these. Nobody meets the same partner twice in a row while there are others: a pair that
+got ahead of the rest would have eyes for each other only. In its record a peer says that it is ready by taking no sequences
+per step any more, and that it agrees with its partners by having all steps of its round behind it. Nothing here waits for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from averaging.averager import Averager
+from averaging.consolidation import Consolidation, num_rounds
+from node.compute import Compute
+from node.events import EventLog
+from node.progress import Progress
+from node.trainer import Trainer
+from protocol.directory import Directory
+from protocol.identity import Identity
+from protocol.ids import PeerId
+from protocol.records import PeerRecord
+from protocol.transport import Transport
+
+__all__ = ["Consolidated", "Consolidator"]
+
+MAX_LAG_ROUNDS = 8
+"""Two partners may be so many rounds apart here: whoever comes late can begin with anybody."""
+FIRST_ROUND = 2 * MAX_LAG_ROUNDS
+"""The first round's number, counted from the run's last: out of reach of any exchange that still belongs to training."""
+LOOK_AGAIN_S = 0.5
+"""Between two looks at the directory, where records spread in a moment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Consolidated:
+    """How it ended.
+
+    Args:
+        meetings: exchanges that came about.
+        distance: ‖θi − θj‖/‖θi‖ at the last one, before it; None without any.
+        agreed: whether it ended because the models are the same within the tolerance.
+    """
+
+    meetings: int
+    distance: float | None
+    agreed: bool
+
+
+class Consolidator:
+    """Consolidates one peer's model.
+
+    Args:
+        trainer: has finished the run.
+        announce: publishes this peer's record.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        compute: Compute,
+        transport: Transport,
+        identity: Identity,
+        directory: Directory,
+        progress: Progress,
+        events: EventLog,
+        announce: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._trainer, self._compute, self._directory = trainer, compute, directory
+        self._transport, self._identity = transport, identity
+        self._progress, self._events, self._announce = progress, events, announce
+        self._run, self._sync = trainer.manifest.run_id, trainer.manifest.sync
+        self._round = self._sync.total_rounds + FIRST_ROUND
+        self._last: PeerId | None = None
+        self._meetings = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the run has ended and wants one model."""
+        sync = self._sync
+        has_ended = bool(sync.total_rounds) and self._trainer.round >= sync.total_rounds
+        return has_ended and sync.algorithm != "local" and sync.consolidation_tolerance > 0.0
+
+    async def run(self) -> Consolidated:
+        """Average with whoever is there, and measure the result; ends at once when nobody is. Cancellation leaves a whole model."""
+        await self._directory.refresh()
+        others = self._others()
+        if not others:
+            return Consolidated(meetings=0, distance=None, agreed=True)
+        self._events.emit("consolidating", peers=len(others))
+        consolidation = await self._compute.run(
+            Consolidation, self._trainer.replica, tolerance=self._sync.consolidation_tolerance
+        )
+        try:
+            agreed = await self._meet_until_agreed(consolidation)
+        finally:
+            await self._compute.run(consolidation.finish)
+        done = Consolidated(meetings=self._meetings, distance=consolidation.agreement.distance, agreed=agreed)
+        loss = await self._compute.run(self._trainer.evaluate)
+        self._progress.count_validation(loss, self._sync.total_rounds)
+        self._events.emit(
+            "consolidated", loss=round(loss, 4), meetings=done.meetings, distance=done.distance, agreed=done.agreed
+        )
+        return done
+
+    async def _meet_until_agreed(self, consolidation: Consolidation) -> bool:
+        averager = Averager(
+            transport=self._transport,
+            identity=self._identity,
+            run=self._run,
+            payload_bytes=consolidation.num_payload_bytes,
+            max_lag_rounds=MAX_LAG_ROUNDS,
+        )
+        async with averager:
+            self._progress.step, self._progress.sequences_per_step = 0, 0
+            await self._announce()
+            await self._wait_for_the_late()
+            for _ in range(num_rounds(1 + len(self._others()))):
+                if await self._is_over(consolidation):
+                    break
+                await self._meet(averager, consolidation)
+        return consolidation.agreement.is_reached(len(self._others()))
+
+    async def _wait_for_the_late(self) -> None:
+        """Until the others are ready, too, or should be."""
+        patience_s = self._sync.round_target_s + self._sync.exchange_timeout_s
+        deadline_s = asyncio.get_running_loop().time() + patience_s
+        while asyncio.get_running_loop().time() < deadline_s:
+            if all(self._is_ready(record) for record in self._others().values()):
+                return
+            await asyncio.sleep(LOOK_AGAIN_S)
+            await self._directory.refresh()
+
+    def _is_ready(self, record: PeerRecord) -> bool:
+        return record.round >= self._sync.total_rounds and record.sequences_per_step == 0
+
+    async def _is_over(self, consolidation: Consolidation) -> bool:
+        """Whether nobody else is there any more, or we and all the others who are through with training agree."""
+        await self._look()
+        agreed = consolidation.agreement.is_reached(len(self._others()))
+        step = self._sync.inner_steps if agreed else 0
+        if self._progress.step != step:
+            self._progress.step = step
+            await self._announce()
+            if agreed and not self._do_others_agree():  # perhaps they do, and are just saying so
+                await asyncio.sleep(LOOK_AGAIN_S)
+                await self._look()
+        return not self._others() or (agreed and self._do_others_agree())
+
+    def _do_others_agree(self) -> bool:
+        ready = [record for record in self._others().values() if self._is_ready(record)]
+        return all(record.step >= self._sync.inner_steps for record in ready)
+
+    async def _meet(self, averager: Averager, consolidation: Consolidation) -> None:
+        update = await self._compute.run(consolidation.pack, self._round)
+        candidates = [peer for peer in self._others() if peer != self._last] or list(self._others())
+        deadline_s = asyncio.get_running_loop().time() + self._sync.exchange_timeout_s
+        result = await averager.exchange(update, candidates=candidates, deadline_s=deadline_s)
+        outcome, distance = str(result.outcome), math.inf
+        if result.remote is not None:
+            verdict, distance = await self._compute.run(consolidation.apply, result.remote)
+            outcome = verdict.kind
+            self._meetings += 1
+            self._last, self._round = result.partner, max(self._round, result.remote.round) + 1
+        else:
+            if self._last is None:  # twice in a row: there is nothing to be had just now
+                await asyncio.sleep(LOOK_AGAIN_S)
+            # Else on at once, to be at the others' doors when they come out of their meetings; late ones find them taken again.
+            self._last, self._round = None, self._round + 1
+        seconds = round(result.seconds, 3)
+        known = distance if math.isfinite(distance) else None
+        self._events.emit("consolidation", partner=result.partner, outcome=outcome, seconds=seconds, distance=known)
+
+    async def _look(self) -> None:
+        # In a large swarm this also reads the bucket that the round's lot names, so that peers of all buckets mix.
+        lot = hashlib.sha256(f"{self._run}/bucket/{self._round}".encode()).digest()
+        await self._directory.refresh(extra=lot)
+
+    def _others(self) -> dict[PeerId, PeerRecord]:
+        records = self._directory.peers
+        return {peer: r for peer, r in records.items() if r.role == "trainer" and r.state == "training"}

@@ -1,0 +1,169 @@
+"""The file that describes a simulated swarm: how many peers, how fast, on which links, how unlucky, and how they average.
+
+    [swarm]     size, rounds, seed          [links]   latency, bandwidth, losses
+    [training]  speeds and the toy problem  [churn]   who comes and goes
+    [sync] and [safety] are the run manifest's sections, word for word.
+
+Every field's description is its documentation. Whatever is wrong is said in one line before anything is simulated.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from protocol.errors import UserError
+from protocol.manifest import SafetySpec, SyncSpec
+from protocol.sync_spec import FRAGMENT_BLOCK
+
+__all__ = ["MAX_PEERS", "ChurnSection", "LinksSection", "Scenario", "SwarmSection", "TrainingSection", "load_scenario"]
+
+MAX_PEERS = 16_384
+MAX_GROUP_PEERS = 64
+"""Largest swarm in which everybody exchanges with everybody: each pair of peers has a stream of its own."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class SwarmSection(_Section):
+    """The swarm."""
+
+    peers: int = Field(ge=1, le=MAX_PEERS)
+    """Peers at the start."""
+    rounds: int = Field(ge=1, le=100_000)
+    """Rounds to simulate; fewer if the run's own total_rounds is smaller."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of everything that is drawn at random."""
+    parameters: int = Field(default=256, ge=1, le=1 << 20)
+    """Size of the toy model. Bytes on the wire follow from it and the codecs."""
+    heartbeat_s: float = Field(default=3.0, gt=0.0, le=30.0)
+    """Seconds between two records of a peer and two looks at the directory; the node's own value is 3. Larger is faster."""
+
+
+class TrainingSection(_Section):
+    """Speeds, and the toy problem that stands in for training (see node/quadratic.py)."""
+
+    step_s: float = Field(default=1.0, gt=0.0, le=86_400.0)
+    """Mean seconds of an inner step."""
+    peer_ratio: float = Field(default=0.0, ge=0.0, le=10.0)
+    """Standard deviation over mean of the peers' speeds, log-normal, drawn once per peer."""
+    round_ratio: float = Field(default=0.0, ge=0.0, le=10.0)
+    """The same from round to round of one peer."""
+    slow_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of peers that are slower by slow_factor."""
+    slow_factor: float = Field(default=4.0, ge=1.0, le=1000.0)
+    """Factor on the step time of slow peers."""
+    lr: float = Field(default=0.02, gt=0.0, lt=1.0)
+    """Inner learning rate η."""
+    noise: float = Field(default=1.0, ge=0.0, le=1000.0)
+    """Standard deviation ν of the gradient noise, in units of the optimum's size."""
+    data_spread: float = Field(default=0.3, ge=0.0, le=1000.0)
+    """Distance h of a peer's own optimum from the common one, in the same units."""
+
+
+class LinksSection(_Section):
+    """What the peers' links are like."""
+
+    latency_s: float = Field(default=0.05, ge=0.0, le=60.0)
+    """Mean one-way latency."""
+    latency_pair_ratio: float = Field(default=0.0, ge=0.0, le=10.0)
+    """Standard deviation over mean of the latency between pairs of peers, log-normal, drawn once per pair."""
+    latency_message_ratio: float = Field(default=0.0, ge=0.0, le=10.0)
+    """The same from message to message of one pair."""
+    bytes_per_s: float = Field(default=1e6, gt=0.0, le=1e12)
+    """Mean bandwidth of a pair, each way."""
+    bytes_per_s_ratio: float = Field(default=0.0, ge=0.0, le=10.0)
+    """Standard deviation over mean of the bandwidth between pairs, log-normal, drawn once per pair and direction."""
+    matrix: str | None = None
+    """CSV file of measured links with the columns from,to,latency_ms,mbit_per_s, beside the scenario. Names are sites; peers
+    are spread over them in turn. It replaces latency_s and bytes_per_s and the ratios between pairs."""
+    exchange_loss: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of exchanges whose stream breaks after both sides have agreed on them, so that both step alone."""
+    write_loss: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability, per message, that its stream breaks, whatever it carries; proposals are then made again."""
+
+
+class ChurnSection(_Section):
+    """Who comes and goes; Poisson processes in virtual time."""
+
+    joins_per_hour: float = Field(default=0.0, ge=0.0, le=1e6)
+    """Newcomers of the whole swarm."""
+    join_s: float = Field(default=30.0, ge=0.0, le=86_400.0)
+    """Seconds a newcomer needs to fetch the state; then it begins with a live peer's slow weights."""
+    leaves_per_hour: float = Field(default=0.0, ge=0.0, le=1000.0)
+    """Rate, per peer, of leaving with a goodbye."""
+    crashes_per_hour: float = Field(default=0.0, ge=0.0, le=1000.0)
+    """Rate, per peer, of vanishing without one."""
+
+
+class Scenario(_Section):
+    """A simulated swarm."""
+
+    name: str = Field(default="scenario", min_length=1, max_length=64)
+    """Shown above tables and plots."""
+    swarm: SwarmSection
+    training: TrainingSection = TrainingSection()
+    links: LinksSection = LinksSection()
+    churn: ChurnSection = ChurnSection()
+    sync: SyncSpec = SyncSpec()
+    safety: SafetySpec | None = None
+    """Bounds on partners' updates; left out, every finite update is taken, so that averaging is seen by itself."""
+
+    @model_validator(mode="after")
+    def _is_affordable(self) -> Self:
+        if self.sync.group == "all" and self.swarm.peers > MAX_GROUP_PEERS:
+            raise ValueError(
+                f"sync.group all exchanges with every peer, which is simulated for at most {MAX_GROUP_PEERS} peers; "
+                "lower swarm.peers or set sync.group to pair"
+            )
+        if self.sync.fragments > math.ceil(self.swarm.parameters / FRAGMENT_BLOCK):
+            raise ValueError(
+                f"sync.fragments {self.sync.fragments} needs swarm.parameters above "
+                f"{FRAGMENT_BLOCK * (self.sync.fragments - 1)}; raise it"
+            )
+        return self
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that are simulated."""
+        total = self.sync.total_rounds
+        return min(self.swarm.rounds, total) if total else self.swarm.rounds
+
+
+def load_scenario(path: Path) -> Scenario:
+    """Read and check a scenario file.
+
+    Raises:
+        UserError: it can not be read, is not TOML, or holds an unknown key, a wrong type or an impossible value; one line.
+    """
+    try:
+        return Scenario.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the path of a scenario file") from None
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise UserError(f"{path} is not valid TOML: {error}; mend that line") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "unknown key; remove it or check its spelling"
+    elif problem["type"] == "missing":
+        message = "is missing; add it"
+    elif problem["type"] != "value_error":
+        message = f"{message}; change it"
+    more = error.error_count() - 1
+    text = f"scenario: {where}: {message}" if where else f"scenario: {message}"
+    return repr(text)[1:-1][:300] + (f" (and {more} more problems)" if more else "")

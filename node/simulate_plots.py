@@ -1,0 +1,62 @@
+"""A simulation's result as plots. The only place that imports matplotlib, which comes with the extra `simulate`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import UserError
+
+__all__ = ["check_plotting", "write_plots"]
+
+_SIZE_INCHES = (7.0, 4.5)
+
+
+def check_plotting() -> None:
+    """Make sure, before a long simulation, that plots can be made after it.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib; install it with: pip install 'llm-node[simulate]', or leave out --out")
+
+
+def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw what `node.simulate.simulate` returns, each plot as PNG and SVG.
+
+    Returns:
+        The files, the same bytes for the same result and version of matplotlib.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    files: list[Path] = []
+    columns = result["by_round"]
+    title = f"{result['name']}: {result['peers']} peers, {result['algorithm']}"
+    spread = Figure(figsize=_SIZE_INCHES, layout="constrained")
+    axes = spread.subplots()
+    axes.plot(columns["round"], columns["spread"], marker=".", label="replica spread (RMS)")
+    axes.plot(columns["round"], columns["replica_loss"], marker=".", label="loss of a replica")
+    axes.plot(columns["round"], columns["mean_loss"], marker=".", label="loss of the replicas' mean")
+    axes.set(title=title, xlabel="round", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    plots = {"rounds": spread}
+    if result["exchange_cdf_s"]:
+        times = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        axes = times.subplots()
+        shares = [index / (len(result["exchange_cdf_s"]) - 1) for index in range(len(result["exchange_cdf_s"]))]
+        axes.plot(result["exchange_cdf_s"], shares)
+        axes.set(title=title, xlabel="seconds from the search's start to the commit", ylabel="share of exchanges")
+        axes.grid(alpha=0.3)
+        plots["exchanges"] = times
+    for name, figure in plots.items():
+        with rc_context({"svg.hashsalt": "llm-node"}):
+            for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+                files.append(folder / f"{name}.{kind}")
+                figure.savefig(files[-1], metadata=metadata)
+    return files

@@ -1,0 +1,171 @@
+"""How well does each way of averaging learn, and for how many bytes? Real text, several seeds, equal tokens for everybody.
+
+    python -m tests.benchmarks.convergence [--json] [--replicas 4 8] [--seeds 3] [--steps 2000] [--methods NAME …]
+                                           [--jobs 2] [--results FILE] [--fresh] [--stored]
+
+A full sweep takes hours on a small machine, so every finished run is a line of the results file, which is read first: a sweep can
+be stopped and taken up again. --stored reports what is there without running anything, --fresh runs everything anew. The
+last line is one JSON object: for every N and method the mean and standard deviation over the seeds of the held-out
+loss (mean of the replicas), of the averaged model's loss, the replica spread, the bytes one peer sent, and the seeds that
+were run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.convergence_cell import MODEL, SEQUENCE_TOKENS, SEQUENCES, Cell, cell_key, run_cell
+
+__all__ = ["ATTEMPTS", "METHODS", "main"]
+
+RESULTS = Path("docs/benchmarks/convergence_runs.jsonl")
+STEPS = 2000
+PLAIN = {"delta_codec": "bf16", "slow_codec": "bf16"}
+"""What the reference methods send: two bytes per value. Their authors send four, which would only favour us."""
+
+
+def _cell(method: str, lr: float, **more: Any) -> Cell:
+    return Cell(method=method, replicas=0, seed=0, steps=STEPS, lr=lr, **more)
+
+
+METHODS: dict[str, Cell] = {
+    "synchronous": _cell("synchronous", 3e-3, sync={"algorithm": "local"}),
+    "local": _cell("local", 1.5e-3, sync={"algorithm": "local"}),
+    "pair-average": _cell("pair-average", 1.5e-3, sync={"algorithm": "pair-average", "inner_steps": 50, **PLAIN}),
+    "diloco": _cell("diloco", 1.5e-3, sync={"algorithm": "diloco", "inner_steps": 50, "gamma": 0.0, **PLAIN}),
+    "noloco": _cell("noloco", 1.5e-3, sync={"algorithm": "noloco", "inner_steps": 50, **PLAIN}),
+    "default": _cell("default", 1.5e-3, sync={"algorithm": "pair-average", "inner_steps": 32, "slow_codec": "lattice"}),
+}
+"""Learning rates and H are each method's best of those tried on seed 0 (docs/LOG.md)."""
+
+ATTEMPTS: dict[str, Cell] = {
+    "moonshot": _cell(
+        "moonshot", 1.5e-3, sync={"algorithm": "pair-average", "inner_steps": 6, "slow_codec": "lattice"}
+    ),
+}
+"""Tries beyond the table: the bytes of the best low-communication method, spent on more frequent 4-bit exchanges."""
+
+
+def cells(methods: Iterable[str], *, replicas: Sequence[int], seeds: int, steps: int) -> list[Cell]:
+    """The sweep, in the order in which a stopped one is most useful: whole seeds first."""
+    known = METHODS | ATTEMPTS
+    return [
+        replace(known[name], replicas=number, seed=seed, steps=steps)
+        for seed in range(seeds)
+        for number in replicas
+        for name in methods
+    ]
+
+
+def stored(path: Path) -> dict[str, dict[str, Any]]:
+    """Finished runs by key."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["key"]: line for line in lines}
+
+
+def run_missing(sweep: Sequence[Cell], path: Path, *, jobs: int, known: dict[str, dict[str, Any]]) -> None:
+    """Run what is not known yet, `jobs` at a time, and append each result as it comes."""
+    missing = [cell for cell in sweep if cell_key(cell) not in known]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = {pool.submit(run_cell, cell): cell for cell in missing}
+        for done in as_completed(running):
+            cell = running[done]
+            line = {"key": cell_key(cell), "cell": asdict(cell), **done.result()}
+            known[line["key"]] = line
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(
+                f"{cell.method}, N = {cell.replicas}, seed {cell.seed}: {line['loss']:.4f} (averaged {line['averaged']:.4f}), "
+                f"{line['bytes_per_peer'] / 1e6:.1f} MB, {line['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def summary(sweep: Sequence[Cell], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Per N and method, over the seeds that were run."""
+    table: dict[str, dict[str, Any]] = {}
+    for number in sorted({cell.replicas for cell in sweep}):
+        row: dict[str, Any] = {}
+        for method in dict.fromkeys(cell.method for cell in sweep):
+            lines = [
+                known[cell_key(cell)]
+                for cell in sweep
+                if (cell.replicas, cell.method) == (number, method) and cell_key(cell) in known
+            ]
+            if lines:
+                row[method] = _statistics(lines)
+        table[str(number)] = row
+    return table
+
+
+def _statistics(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def mean(field: str) -> float:
+        return float(statistics.mean(line[field] for line in lines))
+
+    def deviation(field: str) -> float:
+        return statistics.stdev(line[field] for line in lines) if len(lines) > 1 else 0.0
+
+    return {
+        "loss_mean": round(mean("loss"), 4),
+        "loss_std": round(deviation("loss"), 4),
+        "averaged_mean": round(mean("averaged"), 4),
+        "averaged_std": round(deviation("averaged"), 4),
+        "spread_mean": round(mean("spread"), 5),
+        "bytes_per_peer": round(mean("bytes_per_peer")),
+        "unreadable_mean": round(mean("unreadable"), 4),
+        "seeds": [line["cell"]["seed"] for line in lines],
+    }
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *ATTEMPTS], choices=[*METHODS, *ATTEMPTS])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--fresh", action="store_true", help="forget the stored runs")
+    parser.add_argument("--stored", action="store_true", help="run nothing, report what is stored")
+    arguments = parser.parse_args()
+    if arguments.fresh:
+        arguments.results.unlink(missing_ok=True)
+    sweep = cells(arguments.methods, replicas=arguments.replicas, seeds=arguments.seeds, steps=arguments.steps)
+    known = stored(arguments.results)
+    if not arguments.stored:
+        run_missing(sweep, arguments.results, jobs=arguments.jobs, known=known)
+    table = summary(sweep, known)
+    for number, row in table.items():
+        for method, result in row.items():
+            print(
+                f"N = {number}  {method:14s} {result['loss_mean']:.4f} ± {result['loss_std']:.4f}  averaged "
+                f"{result['averaged_mean']:.4f}  spread {result['spread_mean']:.4f}  {result['bytes_per_peer'] / 1e6:9.1f} MB"
+            )
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "convergence": table,
+                    "steps": arguments.steps,
+                    "tokens_per_replica_step": SEQUENCES * SEQUENCE_TOKENS,
+                    "parameters": MODEL.num_parameters,
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The end of a run, with whole peers in virtual time: they come to one model, whatever some of them do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import load_newest
+from node.simulated import run_swarm
+from protocol.virtual_time import run_virtual
+from tests.node.memory_swarm import MemorySwarm, phi
+from tests.node.runs import tiny_run
+
+TOLERANCE = 1e-3
+NAMES = ("a", "b", "c", "d")
+
+
+def apart(models: Iterable[torch.Tensor]) -> float:
+    """Largest ‖θi − θj‖/‖θi‖."""
+    stack = torch.stack(list(models))
+    return float(torch.cdist(stack, stack).max() / stack.norm(dim=1).min())
+
+
+def tiny_swarm(folder: Path, **settings: object) -> MemorySwarm:
+    signed, store = tiny_run(folder, **{"sync__total_rounds": 3} | settings)
+    return MemorySwarm(signed, store, folder)
+
+
+@pytest.mark.parametrize("num_peers", [2, 5, 8])
+def test_all_peers_end_with_one_model(tmp_path: Path, num_peers: int) -> None:
+    signed, store = tiny_run(tmp_path, sync__total_rounds=3)
+    peers, summaries = run_virtual(run_swarm(signed, store, num_peers, seed=0))
+    assert apart(phi(peer) for peer in peers) < TOLERANCE
+    for peer, summary in zip(peers, summaries, strict=True):
+        assert summary.finished
+        assert summary.consolidated is not None
+        assert summary.consolidated.agreed
+        assert summary.consolidated.distance is not None
+        assert summary.consolidated.distance < TOLERANCE
+        assert peer.trainer is not None
+        assert torch.equal(peer.trainer.flat.theta, peer.trainer.replica.phi)
+    assert {round(summary.val_loss_end or 0.0, 3) for summary in summaries} == {
+        round(summaries[0].val_loss_end or 0, 3)
+    }
+
+
+def test_without_it_they_would_end_apart(tmp_path: Path) -> None:
+    signed, store = tiny_run(tmp_path, sync__total_rounds=3, sync__consolidation_tolerance=0.0)
+    peers, _ = run_virtual(run_swarm(signed, store, 5, seed=0))
+    assert apart(phi(peer) for peer in peers) > 20 * TOLERANCE
+
+
+def test_what_is_saved_and_reported_is_the_consolidated_model(tmp_path: Path) -> None:
+    swarm = tiny_swarm(tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in NAMES[:3]:
+                tasks.create_task(swarm.live(name))
+
+    run_virtual(story())
+    for name in NAMES[:3]:
+        loaded = load_newest(tmp_path / name / "checkpoints")
+        assert loaded is not None
+        assert torch.equal(loaded.tensors["replica.phi"], phi(swarm.peers[name]))
+        (end,) = swarm.named(name, "consolidated")
+        assert end["agreed"]
+        assert end["loss"] == pytest.approx(swarm.summaries[name].val_loss_end, abs=1e-4)
+        trainer = swarm.peers[name].trainer
+        assert trainer is not None
+        assert trainer.evaluate() == pytest.approx(end["loss"], abs=1e-4)
+
+
+def test_a_lone_peer_ends_at_once(tmp_path: Path) -> None:
+    swarm = tiny_swarm(tmp_path)
+    run_virtual(swarm.live("a"))
+    assert swarm.summaries["a"].finished
+    assert swarm.summaries["a"].consolidated is not None
+    assert swarm.summaries["a"].consolidated.meetings == 0
+    assert not swarm.named("a", "consolidating")
+
+
+@pytest.mark.parametrize("settings", [{"sync__algorithm": "local"}, {"sync__consolidation_tolerance": 0.0}])
+def test_a_run_that_does_not_want_it_does_without(tmp_path: Path, settings: dict[str, object]) -> None:
+    signed, store = tiny_run(tmp_path, sync__total_rounds=2, **settings)
+    _, summaries = run_virtual(run_swarm(signed, store, 3, seed=0))
+    assert [summary.consolidated for summary in summaries] == [None] * 3
+
+
+def test_one_that_dies_meanwhile_does_not_keep_the_others_apart(tmp_path: Path) -> None:
+    swarm = tiny_swarm(tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            survivors = [tasks.create_task(swarm.live(name)) for name in NAMES]
+            victim = tasks.create_task(swarm.live("victim"))
+            await swarm.until("a", "consolidation", outcome="averaged")
+            swarm.network.crash(swarm.peers["victim"].progress.peer)
+            victim.cancel()
+            await asyncio.wait(survivors)
+
+    run_virtual(story())
+    assert apart(phi(swarm.peers[name]) for name in NAMES) < TOLERANCE
+    assert all(swarm.summaries[name].finished for name in NAMES)
+
+
+def test_the_others_wait_for_one_that_is_a_round_behind(tmp_path: Path) -> None:
+    swarm = tiny_swarm(tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in NAMES[:3]:
+                tasks.create_task(swarm.live(name))
+            tasks.create_task(swarm.live("slow", step_s=0.75))
+
+    run_virtual(story())
+    assert apart(phi(peer) for peer in swarm.peers.values()) < TOLERANCE
+
+
+def test_they_do_not_wait_for_ever_for_one_that_never_ends(tmp_path: Path) -> None:
+    """A peer whose compute hangs goes on telling everybody that it trains."""
+    swarm = tiny_swarm(tmp_path)
+    waited_s: list[float] = []
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as tasks:
+            hanging = tasks.create_task(swarm.live("hanging", step_s=1000.0))
+            others = [tasks.create_task(swarm.live(name)) for name in NAMES]
+            for name in NAMES:
+                await swarm.until(name, "consolidating")
+            began_s = loop.time()
+            await asyncio.wait(others)
+            waited_s.append(loop.time() - began_s)
+            hanging.cancel()
+
+    run_virtual(story())
+    sync = swarm.signed.manifest.sync
+    assert waited_s[0] < sync.round_target_s + 20 * sync.exchange_timeout_s
+    assert apart(phi(swarm.peers[name]) for name in NAMES) < TOLERANCE
+
+
+def test_the_owner_can_leave_at_any_moment(tmp_path: Path) -> None:
+    swarm = tiny_swarm(tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            leaver, *_ = [tasks.create_task(swarm.live(name)) for name in NAMES]
+            await swarm.until("a", "consolidation")
+            began_s = asyncio.get_running_loop().time()
+            swarm.peers["a"].stop()
+            await leaver
+            assert asyncio.get_running_loop().time() - began_s < 5.0
+
+    run_virtual(story())
+    assert swarm.summaries["a"].consolidated is None
+    trainer = swarm.peers["a"].trainer
+    assert trainer is not None
+    assert torch.equal(trainer.flat.theta, trainer.replica.phi)
+    assert apart(phi(swarm.peers[name]) for name in NAMES[1:]) < TOLERANCE
+
+
+def test_a_peer_that_lost_its_way_takes_the_swarm_s_state(tmp_path: Path) -> None:
+    """Something has spoilt its weights; nobody else is moved, and it is back among them a few rounds later."""
+    swarm = tiny_swarm(tmp_path, sync__total_rounds=0, inner__lr=0.003)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in (*NAMES, "lost"):
+                tasks.create_task(swarm.live(name))
+            await asyncio.sleep(15)
+            lost = swarm.peers["lost"].trainer
+            assert lost is not None
+            lost.replica.phi.mul_(30.0)
+            lost.flat.theta.mul_(30.0)
+            await swarm.until("lost", "state_adopted")
+            await asyncio.sleep(10)
+            for peer in swarm.peers.values():
+                peer.stop()
+
+    run_virtual(story())
+    assert swarm.named("lost", "astray")
+    assert not any(swarm.named(name, "astray") for name in NAMES)
+    losses = {name: summary.val_loss_end or 0.0 for name, summary in swarm.summaries.items()}
+    assert losses["lost"] < max(losses[name] for name in NAMES) + 0.2, losses

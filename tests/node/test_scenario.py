@@ -1,0 +1,113 @@
+"""Scenario files: what is read, and what is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from node.scenario import load_scenario
+from node.simulate_links import read_matrix
+from protocol.errors import UserError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "scenarios").glob("*.toml"))
+SMALL = "[swarm]\npeers = 4\nrounds = 2\n"
+
+
+def write(folder: Path, text: str, name: str = "scenario.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_scenario(write(folder, text))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_sound(path: Path) -> None:
+    scenario = load_scenario(path)
+    assert scenario.name == path.stem
+    if scenario.links.matrix:
+        assert read_matrix(path.parent / scenario.links.matrix)
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 3
+
+
+def test_the_sync_section_is_the_manifest_s(tmp_path: Path) -> None:
+    scenario = load_scenario(write(tmp_path, SMALL + '[sync]\nalgorithm = "diloco"\ninner_steps = 7\n'))
+    assert scenario.sync.inner_steps == 7
+    assert scenario.sync.group == "all"
+    assert scenario.safety is None
+
+
+def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
+    assert load_scenario(write(tmp_path, SMALL + "[sync]\ntotal_rounds = 1\n")).num_rounds == 1
+    assert load_scenario(write(tmp_path, SMALL + "[sync]\ntotal_rounds = 9\n")).num_rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "telling"),
+    [
+        ("rounds =", "not valid TOML"),
+        ("[swarm]\npeers = 4\n", "swarm.rounds: is missing; add it"),
+        (SMALL + "colour = 1\n", "swarm.colour: unknown key"),
+        (SMALL + '"a\\nb" = 1\n', "unknown key"),
+        ("[swarm]\npeers = 4.5\nrounds = 2\n", "swarm.peers"),
+        ("[swarm]\npeers = 99999999\nrounds = 2\n", "less than or equal to 16384; change it"),
+        (SMALL + "[links]\nlatency_s = inf\n", "links.latency_s"),
+        (SMALL + "[links]\nexchange_loss = 1.5\n", "links.exchange_loss"),
+        (SMALL + "[sync]\nalpha = 0.9\n", "replicas would drift apart"),
+        (SMALL + "[sync]\nfragments = 4\n", "raise it"),
+        ("[swarm]\npeers = 100\nrounds = 2\n[sync]\nalgorithm = 'diloco'\n", "set sync.group to pair"),
+    ],
+)
+def test_bad_scenarios_are_refused_in_one_line(tmp_path: Path, text: str, telling: str) -> None:
+    assert telling in refusal(tmp_path, text)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give the path of a scenario file"):
+        load_scenario(tmp_path / "nothing.toml")
+
+
+class TestMatrix:
+    def test_directions_and_sites_that_are_left_out_are_filled_in(self, tmp_path: Path) -> None:
+        path = write(
+            tmp_path, "from,to,latency_ms,mbit_per_s\na,b,10,8\nb,c,20,16\na,c,30,4\nc,a,35,2\nb,b,1,80\n", "m"
+        )
+        sites = read_matrix(path)
+        assert sites["b", "a"] == sites["a", "b"] == (0.01, 1e6)
+        assert (sites["a", "c"], sites["c", "a"]) == ((0.03, 0.5e6), (0.035, 0.25e6))
+        assert sites["b", "b"] == (0.001, 1e7)
+        assert sites["a", "a"] == (0.01, 1e6), "the best of a's links"
+        assert len(sites) == 9
+
+    @pytest.mark.parametrize(
+        ("text", "telling"),
+        [
+            ("", "first line must be"),
+            ("a,b,10,8\n", "first line must be"),
+            ("from,to,latency_ms,mbit_per_s\n", "holds no link"),
+            ("from,to,latency_ms,mbit_per_s\na,b,10\n", "line 2"),
+            ("from,to,latency_ms,mbit_per_s\na,b,10,8\na,a,x,8\n", "line 3"),
+            ("from,to,latency_ms,mbit_per_s\na,b,-1,8\n", "line 2"),
+            ("from,to,latency_ms,mbit_per_s\na,b,nan,8\n", "line 2"),
+            ("from,to,latency_ms,mbit_per_s\na,b,1,0\n", "line 2"),
+            ("from,to,latency_ms,mbit_per_s\na,b,1,8\nc,c,1,8\n", "between 'a' and 'c' is missing"),
+        ],
+    )
+    def test_bad_tables_are_refused_in_one_line(self, tmp_path: Path, text: str, telling: str) -> None:
+        with pytest.raises(UserError, match=telling) as caught:
+            read_matrix(write(tmp_path, text, "m.csv"))
+        assert "\n" not in str(caught.value)
+
+    def test_a_missing_table(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"check links\.matrix"):
+            read_matrix(tmp_path / "nothing.csv")

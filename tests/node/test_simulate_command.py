@@ -1,0 +1,86 @@
+"""`llm-node simulate`: tables, JSON, plots, and refusals before anything is simulated."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from node import simulate
+from node.cli import app
+from node.simulate_plots import write_plots
+from protocol.errors import UserError
+
+SCENARIO = """
+name = "small"
+[swarm]
+peers = 4
+rounds = 15
+parameters = 8
+heartbeat_s = 5.0
+[links]
+latency_s = 0.01
+[sync]
+inner_steps = 5
+round_target_s = 5.0
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "small.toml").write_text(SCENARIO)
+    return tmp_path / "small.toml"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["simulate", *map(str, arguments)])
+
+
+def test_a_table_for_people(path: Path) -> None:
+    result = invoke(path)
+    assert result.exit_code == 0, result.exception
+    for words in ("small: 4 peers", "p95", "exchanges that averaged", "replica spread", "look-ups per peer and round"):
+        assert words in result.stdout
+    rows = [line for line in result.stdout.splitlines() if line.startswith("│ 14")]
+    assert len(rows) == 1, "the last round is shown even when not all are"
+
+
+def test_json_and_files_say_the_same_and_repeat(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    printed = json.loads(invoke(path, "--json", "--out", tmp_path / "one").stdout)
+    assert printed == json.loads((tmp_path / "one" / "result.json").read_text())
+    (tmp_path / "two").mkdir()
+    write_plots(printed, tmp_path / "two")
+    for name in ("rounds.png", "rounds.svg", "exchanges.png", "exchanges.svg"):
+        data = (tmp_path / "one" / name).read_bytes()
+        assert data[:4] in (b"\x89PNG", b"<?xm")
+        assert data == (tmp_path / "two" / name).read_bytes()
+
+
+def test_without_matplotlib_plots_are_refused_at_once_and_tables_work(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert invoke(path, "--json").exit_code == 0
+    monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("simulated before it could plot"))
+    result = invoke(path, "--out", tmp_path / "out")
+    assert isinstance(result.exception, UserError)
+    assert "llm-node[simulate]" in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_an_impossible_folder_is_refused_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("simulated before it could write"))
+    result = invoke(path, "--out", path / "below a file")
+    assert isinstance(result.exception, UserError)
+    assert "choose another folder" in str(result.exception)
+
+
+def test_a_bad_scenario_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[swarm]\npeers = 0\nrounds = 1\n")
+    result = invoke(tmp_path / "bad.toml")
+    assert isinstance(result.exception, UserError)
+    assert result.stdout == ""
