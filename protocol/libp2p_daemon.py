@@ -91,6 +91,8 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind is untyped
         self._guard = CallGuard()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._accepted: list[asyncio.StreamWriter] = []
+        """Incoming streams that were open at the last look: a task that is cancelled before its first step closes nothing."""
 
     def __del__(self) -> None:
         """Nothing: `shutdown` ends everything, and p2pd does not outlive us anyway."""
@@ -128,10 +130,13 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind is untyped
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._end()
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
-            self._server = None
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+            await server.wait_closed()
+        for writer in self._accepted:
+            writer.transport.abort()
+        self._accepted = []
         self._process.release_directory()
 
     def _spawn(self, coro: Coroutine[Any, Any, None]) -> None:
@@ -270,6 +275,10 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind is untyped
         await self._ask(Request(type=Request.STREAM_HANDLER, streamHandler=handler))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # it came in while we were closing
+            writer.transport.abort()
+            return
+        self._accepted = [other for other in self._accepted if not other.is_closing()] + [writer]
         self._spawn(self._introduce(reader, writer))
 
     async def _introduce(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

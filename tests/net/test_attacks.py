@@ -104,8 +104,8 @@ async def test_bombs_in_the_exchange(swarm: Swarm, tmp_path: Path) -> None:
                 await stream.write(data)
                 assert await ends(stream)
         # A proposal as it should be, then an offer of 8 EiB that nobody asked for.
+        round = (await asyncio.to_thread(victim.wait_for, "step", since=victim.mark()))["round"]
         async with await transport.open(peer, PROTOCOL) as stream:
-            round = victim.wait_for("step", since=victim.mark())["round"]
             propose = Propose(run=run, round=round + 2, expected_round=round + 2, nonce=bytes(16))
             await write_message(stream, propose)
             await write_message(stream, huge_offer(run, round + 2, transport.peer_id, peer))

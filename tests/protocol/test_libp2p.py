@@ -102,6 +102,19 @@ async def test_nothing_is_left_after_the_end(tmp_path: Path) -> None:
 
 
 @net
+@pytest.mark.parametrize("num_ticks", range(4))
+async def test_a_stream_that_comes_in_at_the_very_end_is_closed(tmp_path: Path, num_ticks: int) -> None:
+    async with transport_in(tmp_path):
+        late = socket.socket(socket.AF_UNIX)
+        late.connect(str(tmp_path / "run" / "streams.sock"))
+        for _ in range(num_ticks):  # from not even accepted to handed to a task that has not begun
+            await asyncio.sleep(0)
+    late.settimeout(5)
+    with late:
+        assert late.recv(1) == b""
+
+
+@net
 async def test_every_way_out_of_a_failed_start_is_clean(tmp_path: Path) -> None:
     before = set(psutil.Process().children(recursive=True))
     with socket.create_server(("127.0.0.1", 0)) as taken:
