@@ -23,13 +23,16 @@ from averaging.codec_blocks import E3M0Codec, LatticeCodec, Q4Codec, Q8Codec, Ro
 from averaging.codec_interface import Bf16Codec, Codec, Fp32Codec
 from protocol.errors import ProtocolError
 
-__all__ = ["DELTA_CODECS", "SLOW_CODECS", "Codec", "Rounding", "codec_named", "payload_tensor"]
+__all__ = ["CAST_TYPES", "DELTA_CODECS", "SLOW_CODECS", "Codec", "Rounding", "codec_named", "payload_tensor"]
 
 DELTA_CODECS = ("fp32", "bf16", "q8", "q4", "e3m0", "topk")
 """Formats for Δ. The lattice is not among them: partners' Δ are not near each other."""
 
 SLOW_CODECS = ("fp32", "bf16", "q8", "q4", "lattice")
 """Formats for φ and θ, which are never sparsified."""
+
+CAST_TYPES = {codec.name: codec.dtype for codec in (Fp32Codec, Bf16Codec)}
+"""Formats that are nothing but a floating-point type."""
 
 
 def codec_named(name: str, *, compiled: bool = False, rounding: Rounding = "nearest") -> Codec:

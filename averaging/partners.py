@@ -53,6 +53,10 @@ class TileNorm:
         """Count one tile, fp32 [n]."""
         self._squares.append(torch.dot(tile, tile))
 
+    def add_squares(self, squares: Tensor) -> None:
+        """Count sums of squares, fp32 [n]."""
+        self._squares.append(squares.double().sum())
+
     def total(self) -> float:
         """The norm of all tiles so far; 0 for none."""
         return float(torch.stack(self._squares).double().sum().sqrt()) if self._squares else 0.0

@@ -132,10 +132,9 @@ class Payloads:
         self.slow_codec.decode(self.slow, buffers.ours, start=piece.start, near=near)
         buffers.pull.zero_()
         for partner in partners:
-            self.slow_codec.decode(partner.slow, buffers.scratch, start=piece.start, near=near)
-            unreadable = buffers.scratch == near if learns and self.window is not None else None
-            buffers.pull.add_(buffers.scratch.sub_(buffers.ours), alpha=partner.slow_factor)
-            if self.window is not None and unreadable is not None:
+            _, unreadable = self._subtract_ours(piece, near, partner, buffers)
+            buffers.pull.add_(buffers.scratch, alpha=partner.slow_factor)
+            if self.window is not None and learns:
                 self.window.learn(piece, partner.slow, difference=buffers.scratch, unreadable=unreadable)
 
     def measure(
@@ -151,9 +150,25 @@ class Payloads:
         if self.slow.numel():
             self.slow_codec.decode(self.slow, ours, start=piece.start, near=near)
             for partner, found in partners:
-                found.num_unreadable += self.slow_codec.decode(partner.slow, theirs, start=piece.start, near=near)
+                found.num_unreadable += self._subtract_ours(piece, near, partner, buffers)[0]
                 found.num_blocks += -(-near.numel() // self.slow_codec.block)
-                found.slow.add(theirs.sub_(ours))
+                found.slow.add(theirs)
+
+    def _subtract_ours(
+        self, piece: Piece, near: Tensor, partner: Partner, buffers: Buffers
+    ) -> tuple[int, Tensor | None]:
+        """scratch ← theirs − ours, where `ours` is decoded already; exactly zero in blocks that can not be read.
+
+        Returns:
+            How many those are, and if there are any, their elements, bool [n].
+        """
+        theirs, ours = buffers.scratch, buffers.ours
+        num_unreadable = self.slow_codec.decode(partner.slow, theirs, start=piece.start, near=near)
+        unreadable = theirs == near if num_unreadable else None
+        theirs.sub_(ours)
+        if unreadable is not None:
+            theirs.masked_fill_(unreadable, 0.0)
+        return num_unreadable, unreadable
 
 
 def _host_bytes(payload: Tensor) -> memoryview:

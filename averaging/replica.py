@@ -9,18 +9,16 @@
 of the correction φ − anchor.
 
 Three rules keep a swarm from drifting apart. (1) Where a partner's decoded value enters, ours enters as decoded from the bytes
-WE sent, not as it was: both sides then work with the same numbers, the mean of φ is conserved whatever the codec, and equal φ
-give a pull of exactly zero (with the lattice, whose steps are each peer's own, of a step at most). (2) What the Δ codec lost goes
-into the residual, and only when a partner has received the bytes. (3) Without an accepted partner the step is the solo step,
-bit for bit.
+WE sent (averaging/passes.py). (2) What the Δ codec lost goes into the residual, and only when a partner has received the bytes.
+(3) Without an accepted partner the step is the solo step, bit for bit.
 
-All work runs over tiles that fit a core's cache, each tile once; the only vectors are θ, φ, δ, residual and anchor.
+The vectors are θ, φ, δ, residual and anchor; averaging/passes.py and, for large models, averaging/fused.py work on them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,13 +26,15 @@ import torch
 from torch import Tensor
 
 from averaging.admission import Admission, Verdict
-from averaging.fragments import Fragments, Piece
-from averaging.outer import outer_step
-from averaging.partners import Measurement, Partner, TileNorm, read_partners, weigh_partners
-from averaging.payloads import Buffers, Payloads
+from averaging.fragments import Fragments
+from averaging.fused import FusedPasses, is_fusible
+from averaging.partners import Measurement, Partner, read_partners, weigh_partners
+from averaging.passes import TiledPasses
+from averaging.payloads import Payloads
 from averaging.replica_config import ReplicaConfig
 from averaging.update import RemoteUpdate, Update
-from kernels.dispatch import tile_numel, use_compiled
+from averaging.vectors import Passes, Vectors
+from kernels.dispatch import use_compiled
 from protocol.ids import PeerId
 
 __all__ = ["Outcome", "Replica", "ReplicaConfig"]
@@ -83,10 +83,17 @@ class Replica:
         self.momentum = torch.zeros(numel if outer.has_momentum else 0, device=device)
         carries_error = outer.sends_delta and self._payloads.delta_codec.lossy
         self.residual = torch.zeros(numel if carries_error else 0, device=device)
-        self._fragments = Fragments(numel, config.fragments)
-        self._anchor = torch.empty_like(theta)
-        self._tile = min(numel, tile_numel(device))
-        self._buffers = [torch.empty(self._tile, device=device) for _ in range(6)]
+        fused = compiled and is_fusible(config)
+        vectors = Vectors(
+            theta=theta,
+            phi=self.phi,
+            momentum=self.momentum,
+            residual=self.residual,
+            anchor=self.phi if fused else torch.empty_like(theta),
+        )
+        fragments = Fragments(numel, config.fragments)
+        route = FusedPasses if fused else TiledPasses
+        self._passes: Passes = route(vectors, self._payloads, fragments, config)
         self._packed: Update | None = None
         self._delta_norm = 0.0
 
@@ -112,23 +119,12 @@ class Replica:
         Raises:
             FloatingPointError: θ is not finite; the state is as before, and the caller should go back to a checkpoint.
         """
-        norm, payloads = TileNorm(), self._payloads
-        payloads.begin(round)
-        for piece in self._pieces(round):
-            buffers = self._buffers_of(piece)
-            delta = torch.sub(self.theta[piece.span], self.phi[piece.span], out=buffers.mean)
-            norm.add(delta)
-            if payloads.delta.numel():
-                payloads.encode_delta(piece, self._with_residual(piece, delta, buffers.pull), buffers.scratch)
-            if payloads.slow.numel():
-                slow, momentum = self._slow_vectors(piece.span)
-                payloads.encode_slow(piece, slow, buffers, momentum=momentum)
-            self._anchor[piece.span] = self.theta[piece.span]
-        self._delta_norm = norm.total()
+        self._payloads.begin(round)
+        self._delta_norm = self._passes.pack(round)
         if not math.isfinite(self._delta_norm):
             self._packed = None
             raise FloatingPointError("the weights are not finite after this round; go back to a checkpoint")
-        delta_bytes, slow_bytes = payloads.host_bytes()
+        delta_bytes, slow_bytes = self._payloads.host_bytes()
         self._packed = Update(round=round, tokens=tokens, delta=delta_bytes, slow=slow_bytes)
         return self._packed
 
@@ -154,28 +150,25 @@ class Replica:
             num_fragments=self.config.fragments,
             device=self.theta.device,
         )
-        found = self._measure(own, readable)
+        readable.sort(key=lambda partner: partner.peer)
+        found = self._passes.measure(own.round, readable)
         verdicts |= {
-            partner.peer: found[partner.peer].judge(partner.peer, own=self._delta_norm, admission=self.admission)
-            for partner in sorted(readable, key=lambda partner: partner.peer)
+            partner.peer: measured.judge(partner.peer, own=self._delta_norm, admission=self.admission)
+            for partner, measured in zip(readable, found, strict=True)
         }
         accepted = weigh_partners(readable, verdicts, own_tokens=own.tokens, config=self.config)
         self._payloads.take_group_mean(group_mean)
         clip = self._clip(own, accepted)
         scale = clip * (self.config.outer.staleness_penalty if steps_since_pack > 0 else 1.0)
-        shift = TileNorm()
-        for piece in self._pieces(own.round):
-            if (partners or group_mean is not None) and self.residual.numel():
-                self._keep_residual(piece)
-            self._step(piece, accepted, scale=scale, clip=clip)
-            shift.add(self._correct(piece, moves=self.config.outer.keeps_slow or bool(accepted)))
+        received = bool(partners) or group_mean is not None
+        shift = self._passes.step(own.round, accepted, scale=scale, clip=clip, keeps_residual=received)
         return Outcome(
             kind=_kind(verdicts) if verdicts or group_mean is None else "averaged",
             verdicts=verdicts,
             delta_norm=self._delta_norm,
-            shift_norm=(1.0 - self.config.blend) * shift.total(),
+            shift_norm=(1.0 - self.config.blend) * shift,
             step_scale=scale,
-            unreadable_share=self._unreadable_share(found.values()),
+            unreadable_share=self._unreadable_share(found),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -207,29 +200,6 @@ class Replica:
         self.residual.zero_()
         self._packed = None
 
-    def _with_residual(self, piece: Piece, delta: Tensor, out: Tensor) -> Tensor:
-        """Δ + b·e, what is to be encoded."""
-        if not self.residual.numel():
-            return delta
-        return torch.add(delta, self.residual[piece.span], alpha=self.config.error_decay, out=out)
-
-    def _slow_vectors(self, span: slice) -> tuple[Tensor, Tensor | None]:
-        """What travels as the slow payload, and the δ that tells how far it moved, if that is what moved it."""
-        if self.config.outer.slow_is_theta:
-            return self.theta[span], None
-        return self.phi[span], self.momentum[span] if self.config.outer.has_momentum else None
-
-    def _near(self, span: slice) -> Tensor:
-        """What we encoded as the slow payload. φ stands still between `pack` and the step, θ does not."""
-        return (self._anchor if self.config.outer.slow_is_theta else self.phi)[span]
-
-    def _measure(self, own: Update, partners: Sequence[Partner]) -> dict[PeerId, Measurement]:
-        """How far every partner is from us, in one pass."""
-        found = [(partner, Measurement()) for partner in partners]
-        for piece in self._pieces(own.round) if found else ():
-            self._payloads.measure(piece, self._near(piece.span), self._buffers_of(piece), found)
-        return {partner.peer: measurement for partner, measurement in found}
-
     def _unreadable_share(self, found: Collection[Measurement]) -> float:
         """The share of blocks that could not be read; the window widens if that was most of them."""
         if self._payloads.window is not None and any(measurement.is_too_far for measurement in found):
@@ -237,69 +207,12 @@ class Replica:
         num_blocks = sum(measurement.num_blocks for measurement in found)
         return sum(measurement.num_unreadable for measurement in found) / max(num_blocks, 1)
 
-    def _keep_residual(self, piece: Piece) -> None:
-        """e ← b·e + Δ − sent: what our own encoding lost, since somebody received the rest."""
-        buffers = self._buffers_of(piece)
-        delta = torch.sub(self._anchor[piece.span], self.phi[piece.span], out=buffers.mean)
-        self._payloads.read_delta(piece, buffers.scratch)
-        self.residual[piece.span].mul_(self.config.error_decay).add_(delta).sub_(buffers.scratch)
-
-    def _gather(self, piece: Piece, accepted: Sequence[Partner], *, learns: bool) -> tuple[Buffers, Tensor | None]:
-        """The group's mean Δ in `buffers.mean`, and the pull if there is one. Alone, the mean is our exact Δ."""
-        buffers, payloads = self._buffers_of(piece), self._payloads
-        if payloads.has_group_mean:
-            payloads.read_group_mean(piece, buffers.mean)
-        elif accepted and payloads.delta.numel():
-            payloads.mix_deltas(piece, buffers.mean, buffers.scratch, accepted)
-        elif self.config.outer.keeps_slow:
-            torch.sub(self._anchor[piece.span], self.phi[piece.span], out=buffers.mean)
-        if not accepted or not payloads.slow.numel():
-            return buffers, None
-        payloads.sum_pulls(piece, self._near(piece.span), buffers, accepted, learns=learns)
-        return buffers, buffers.pull
-
     def _clip(self, own: Update, accepted: Sequence[Partner]) -> float:
         """Factor that shortens the outer step to `momentum_clip` times our own ‖Δ‖; it takes a pass of its own."""
-        outer, norm = self.config.outer, TileNorm()
-        if outer.momentum_clip == 0.0:
+        if self.config.outer.momentum_clip == 0.0:
             return 1.0
-        for piece in self._pieces(own.round):
-            buffers, pull = self._gather(piece, accepted, learns=False)
-            buffers.momentum.copy_(self.momentum[piece.span])
-            outer_step(buffers.step.zero_(), buffers.momentum, buffers.mean, pull, outer)
-            norm.add(buffers.step)
-        length, limit = norm.total(), outer.momentum_clip * self._delta_norm
+        length, limit = self._passes.step_norm(own.round, accepted), self.config.outer.momentum_clip * self._delta_norm
         return 1.0 if length <= limit else limit / length
-
-    def _step(self, piece: Piece, accepted: Sequence[Partner], *, scale: float, clip: float) -> None:
-        """Update φ and δ of one piece: φ moves by `scale` times the step, and δ shrinks by `clip`."""
-        outer, phi = self.config.outer, self.phi[piece.span]
-        momentum = self.momentum[piece.span] if outer.has_momentum else self.momentum
-        buffers, pull = self._gather(piece, accepted, learns=True)
-        if not outer.keeps_slow:
-            phi.copy_(self._anchor[piece.span])
-        if scale == 1.0:
-            outer_step(phi, momentum, buffers.mean, pull, outer)
-            return
-        outer_step(buffers.step.zero_(), momentum, buffers.mean, pull, outer)
-        phi.add_(buffers.step, alpha=scale)
-        momentum.mul_(clip)
-
-    def _correct(self, piece: Piece, *, moves: bool) -> Tensor:
-        """Move θ by the share 1 − a of φ − anchor, which is returned. Where φ is the anchor, θ must not even be rounded."""
-        theta, anchor, phi = self.theta[piece.span], self._anchor[piece.span], self.phi[piece.span]
-        shift = torch.sub(phi, anchor, out=self._buffers_of(piece).scratch)
-        if moves and self.config.blend == 0.0:
-            theta.sub_(anchor).add_(phi)  # exactly φ when no step was taken meanwhile
-        elif moves:
-            theta.add_(shift, alpha=1.0 - self.config.blend)
-        return shift
-
-    def _buffers_of(self, piece: Piece) -> Buffers:
-        return Buffers(*(buffer[: piece.span.stop - piece.span.start] for buffer in self._buffers))
-
-    def _pieces(self, round: int) -> Iterator[Piece]:
-        return self._fragments.pieces(self._fragments.index(round), max_numel=self._tile)
 
 
 def _kind(verdicts: Mapping[PeerId, Verdict]) -> Literal["solo", "averaged", "clipped", "refused"]:

@@ -63,26 +63,38 @@ class LatticeWindow:
         distance, size = self._blocks(piece), torch.nan_to_num(_rms(x))
         for vector in moved:
             torch.fmax(distance, _rms(vector), out=distance)  # fmax: a diverged round must leave no NaN behind
-        distance.clamp_(min=_SMALLEST * size, max=size)
+        distance.copy_(self.bounded(distance, size))
         full = x.numel() // _BLOCK
         out[: full * _BLOCK].view(full, _BLOCK).copy_(distance[:full, None])
         if tail := x.numel() % _BLOCK:
             out[full * _BLOCK :] = distance[full] * math.sqrt(_BLOCK / tail)  # the codec pads its rms with zeros
         return out
 
-    def learn(self, piece: Piece, payload: Tensor, *, difference: Tensor, unreadable: Tensor) -> None:
+    def learn(self, piece: Piece, payload: Tensor, *, difference: Tensor, unreadable: Tensor | None) -> None:
         """Follow what an accepted partner's payload showed.
 
         Args:
             payload: the whole payload, uint8.
             difference: theirs − ours as decoded, fp32 [n].
-            unreadable: where the decoded value is our own, bool [n]; a block of nothing else could not be read.
+            unreadable: where the decoded value is our own, bool [n]; a block of nothing else could not be read. None if
+                everything could.
         """
+        rms = _rms(difference)
+        missing = torch.zeros_like(rms, dtype=torch.bool) if unreadable is None else _rms(unreadable.float()) == 1.0
+        self.follow(piece, payload, rms=rms, unreadable=missing)
+
+    def follow(self, piece: Piece, payload: Tensor, *, rms: Tensor, unreadable: Tensor) -> None:
+        """Like `learn`, from what was found per block: rms(theirs − ours), fp32, and what could not be read, bool; [blocks]."""
         distance = self._blocks(piece)
         first = piece.start // _BLOCK
         theirs = lattice_steps(payload)[first : first + len(distance)] * (_LEVELS / 2 / WINDOW)
-        found = torch.where(_rms(unreadable.float()) == 1.0, _GROWTH * theirs, _HEADROOM * _rms(difference))
+        found = torch.where(unreadable, _GROWTH * theirs, _HEADROOM * rms)
         distance.copy_(torch.minimum(torch.fmax(found, _FORGETTING * distance), _GROWTH * distance))
+
+    @staticmethod
+    def bounded(distance: Tensor, size: Tensor) -> Tensor:
+        """d between its bounds, given rms(x), fp32 [blocks] each."""
+        return torch.minimum(torch.maximum(distance, _SMALLEST * size), size)
 
     def widen(self) -> None:
         """A partner was too far to be read at all."""

@@ -29,7 +29,16 @@ from kernels.blocks import SMALLEST_NORMAL, converted, nibbles, pack_nibbles, ro
 from kernels.dispatch import compiled_version
 from kernels.formats import LATTICE
 
-__all__ = ["WINDOW", "lattice_decode", "lattice_encode", "lattice_steps"]
+__all__ = [
+    "WINDOW",
+    "checksum_weights",
+    "lattice_decode",
+    "lattice_encode",
+    "lattice_fields",
+    "lattice_steps",
+    "read_blocks",
+    "write_blocks",
+]
 
 WINDOW = 5.0
 """Half-width of the window, in units of the motion's rms."""
@@ -66,9 +75,9 @@ def lattice_encode(
         compiled: take the compiled route (same bytes).
     """
     encode = compiled_version(_encode_blocks) if compiled else _encode_blocks
-    weights, factor = _checksum_weights(x.device), torch.tensor(window / 8, device=x.device)
+    weights, factor = checksum_weights(x.device), torch.tensor(window / 8, device=x.device)
     vectors = (x, x if motion is None else motion)
-    for tile in tiles(vectors, _fields(out), LATTICE, start=start, compiled=compiled, scratch=scratch):
+    for tile in tiles(vectors, lattice_fields(out), LATTICE, start=start, compiled=compiled, scratch=scratch):
         kernel = _encode_blocks if tile.padded else encode
         values, moved = tile.vectors
         steps, checksums, codes = tile.fields
@@ -90,12 +99,12 @@ def lattice_decode(
     Returns:
         How many blocks could not be read.
     """
-    decode = compiled_version(_decode_blocks) if compiled else _decode_blocks
-    weights = _checksum_weights(out.device)
+    decode = compiled_version(read_blocks) if compiled else read_blocks
+    weights = checksum_weights(out.device)
     near = torch.zeros_like(out) if near is None else near
     num_unreadable = 0
-    for tile in tiles((near, out), _fields(payload), LATTICE, start=start, compiled=compiled, writes=True):
-        kernel = _decode_blocks if tile.padded else decode
+    for tile in tiles((near, out), lattice_fields(payload), LATTICE, start=start, compiled=compiled, writes=True):
+        kernel = read_blocks if tile.padded else decode
         own, values = tile.vectors
         steps, checksums, codes = tile.fields
         readable = kernel(own, steps, checksums, codes, weights, values, tile.scratch)
@@ -108,7 +117,7 @@ def lattice_decode(
 
 def lattice_steps(payload: Tensor) -> Tensor:
     """The distance between neighbouring lattice points, fp32 [B]."""
-    return _fields(payload)[0].float().flatten()
+    return lattice_fields(payload)[0].float().flatten()
 
 
 def _encode_blocks(
@@ -124,11 +133,35 @@ def _encode_blocks(
     """x, motion fp32 [N] → steps bfloat16 [B, 1], checksums int16 [B, 1], codes uint8 [B, 128]."""
     shape = len(steps), _BLOCK
     scratch = None if scratch is None else scratch.view(shape)
-    integers = None if scratch is None else scratch.view(torch.int32)
     blocks = x.view(shape)
-    floor = torch.amax(torch.abs(blocks, out=scratch), dim=1, keepdim=True) * _SMALLEST_STEP
-    floor = floor.clamp(min=SMALLEST_NORMAL)
-    step = rounded_to_bfloat16(torch.maximum(_rms(motion.view(shape), scratch) * factor, floor))
+    largest = torch.amax(torch.abs(blocks, out=scratch), dim=1, keepdim=True)
+    spread = _rms(motion.view(shape), scratch) * factor
+    write_blocks(blocks, largest, spread, steps, checksums, codes, weights, scratch)
+
+
+def write_blocks(
+    blocks: Tensor,
+    largest: Tensor,
+    spread: Tensor,
+    steps: Tensor,
+    checksums: Tensor,
+    codes: Tensor,
+    weights: Tensor,
+    scratch: Tensor | None = None,
+) -> None:
+    """Encode whole blocks; for callers that fuse it with work of their own.
+
+    Args:
+        blocks: fp32 [B, 256].
+        largest: max|x| of each, [B, 1].
+        spread: wanted distance between lattice points, fp32 [B, 1].
+        steps, checksums, codes: the three fields, written.
+        weights: `checksum_weights`.
+        scratch: fp32 [B, 256] for eager work, apart from blocks.
+    """
+    integers = None if scratch is None else scratch.view(torch.int32)
+    floor = (largest * _SMALLEST_STEP).clamp(min=SMALLEST_NORMAL)
+    step = rounded_to_bfloat16(torch.maximum(spread, floor))
     steps.copy_(step)
     # Not finite: the step says so, and the codes may be anything.
     inverse = torch.where(step < torch.inf, 1 / step, torch.zeros_like(step))
@@ -138,19 +171,22 @@ def _encode_blocks(
     checksums.copy_(_checksum(torch.bitwise_right_shift(k, 4, out=integers), weights, integers))
 
 
-def _decode_blocks(
+def read_blocks(
     near: Tensor,
     steps: Tensor,
     checksums: Tensor,
     codes: Tensor,
     weights: Tensor,
     out: Tensor,
-    scratch: Tensor | None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """near fp32 [N], the three fields → out fp32 [N]; returns which blocks are readable, bool [B]; the others hold anything.
+    """Decode whole blocks: near fp32 [N] and the three fields → out fp32 [N].
 
     With m, code and high = ⌊k' / 16⌋ there is no need for k' mod 16: high = ⌊(m + 7 − code) / 16⌋ and k' = 16·high + code. Eagerly,
     out and scratch take turns as buffers.
+
+    Returns:
+        Which blocks are readable, bool [B]; the others hold anything.
     """
     shape = len(steps), _BLOCK
     values, step = out.view(shape), steps.float()
@@ -195,14 +231,14 @@ def _checksum(high: Tensor, weights: Tensor, scratch: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _checksum_weights(device: torch.device) -> Tensor:
+def checksum_weights(device: torch.device) -> Tensor:
     """256 different odd numbers below 2¹⁵, int32 [256]: no two of them add up to 0 modulo 2¹⁶, whatever their signs."""
     order = [(pow(5, position, 1 << 16) & 0x7FFF) | 1 for position in range(_BLOCK)]
     assert len(set(order)) == _BLOCK, "weights must differ"
     return torch.tensor(order, dtype=torch.int32, device=device)
 
 
-def _fields(payload: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lattice_fields(payload: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of a payload: steps bfloat16 [B, 1], checksums int16 [B, 1], codes uint8 [B, 128]."""
     steps, checksums, codes = split_fields(payload, _FIELDS)
     return steps.view(torch.bfloat16), checksums.view(torch.int16), codes

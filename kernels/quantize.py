@@ -27,7 +27,18 @@ from kernels.formats import Q4, Q8, BlockFormat
 from kernels.powers import e3m0_decode_add_blocks, e3m0_decode_blocks, e3m0_encode_blocks
 from kernels.rounding import noise, noise_key
 
-__all__ = ["decode", "decode_add", "decode_reference", "encode", "encode_reference"]
+__all__ = [
+    "block_kernels",
+    "decode",
+    "decode_add",
+    "decode_reference",
+    "encode",
+    "encode_reference",
+    "quantized_fields",
+]
+
+EncodeBlocks = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
+DecodeBlocks = Callable[[Tensor, Tensor, Tensor], None]
 
 
 def encode(
@@ -54,7 +65,8 @@ def encode(
     """
     eager = _ENCODE[block_format.name]
     encode_blocks = compiled_version(eager) if compiled else eager
-    for tile in tiles((x,), _fields(out, block_format), block_format, start=start, compiled=compiled, scratch=scratch):
+    fields = quantized_fields(out, block_format)
+    for tile in tiles((x,), fields, block_format, start=start, compiled=compiled, scratch=scratch):
         kernel = eager if tile.padded else encode_blocks
         key = None if seed is None else noise_key(seed, tile.first, x.device)
         scales, codes = tile.fields
@@ -73,7 +85,7 @@ def decode(payload: Tensor, out: Tensor, block_format: BlockFormat, *, start: in
     """
     eager = _DECODE[block_format.name]
     decode_blocks = compiled_version(eager) if compiled else eager
-    fields = _fields(payload, block_format)
+    fields = quantized_fields(payload, block_format)
     for tile in tiles((out,), fields, block_format, start=start, compiled=compiled, writes=True):
         kernel = eager if tile.padded else decode_blocks
         scales, codes = tile.fields
@@ -101,11 +113,21 @@ def decode_add(
     add_blocks = compiled_version(eager) if compiled else eager
     # As a tensor, so that a new weight is an input of the compiled code and not a constant in it.
     factor = torch.tensor(weight, dtype=torch.float32, device=out.device)
-    fields = _fields(payload, block_format)
+    fields = quantized_fields(payload, block_format)
     for tile in tiles((out,), fields, block_format, start=start, compiled=compiled, scratch=scratch, writes=True):
         kernel = eager if tile.padded else add_blocks
         scales, codes = tile.fields
         kernel(scales, codes, tile.vectors[0], factor, tile.scratch)
+
+
+def block_kernels(block_format: BlockFormat) -> tuple[EncodeBlocks, DecodeBlocks]:
+    """The kernels of one format, for callers that fuse them with work of their own.
+
+    Returns:
+        (x fp32 [N], scales, codes, noise key or None, scratch or None) → None, and (scales, codes, out fp32 [N]) → None; the
+        fields are those of `quantized_fields`, N is B whole blocks.
+    """
+    return _ENCODE[block_format.name], _DECODE[block_format.name]
 
 
 def encode_reference(x: Tensor, block_format: BlockFormat) -> Tensor:
@@ -126,7 +148,7 @@ def encode_reference(x: Tensor, block_format: BlockFormat) -> Tensor:
 
 def decode_reference(payload: Tensor, numel: int, block_format: BlockFormat) -> Tensor:
     """The plain form of `decode`: uint8 payload → fp32 [N]."""
-    scales, codes = _fields(payload, block_format)
+    scales, codes = quantized_fields(payload, block_format)
     if block_format == Q4:
         codes = torch.cat([codes % 16, codes // 16], dim=1).to(torch.int8) - 7
     return (codes.float() * scales.float()).flatten()[:numel]
@@ -198,12 +220,12 @@ def _q4_decode_add_blocks(scales: Tensor, codes: Tensor, out: Tensor, weight: Te
     out.view(shape).add_(torch.mul(values, scales.float() * weight, out=scratch))
 
 
-_ENCODE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]] = {
+_ENCODE: dict[str, EncodeBlocks] = {
     "q8": _q8_encode_blocks,
     "q4": _q4_encode_blocks,
     "e3m0": e3m0_encode_blocks,
 }
-_DECODE: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
+_DECODE: dict[str, DecodeBlocks] = {
     "q8": _q8_decode_blocks,
     "q4": _q4_decode_blocks,
     "e3m0": e3m0_decode_blocks,
@@ -215,7 +237,7 @@ _DECODE_ADD: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None],
 }
 
 
-def _fields(payload: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
+def quantized_fields(payload: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
     """Views of a payload: scales bfloat16 [B, 1] and codes, int8 [B, 256] or uint8 [B, 32]."""
     scales, codes = split_fields(payload, (2, block_format.block_bytes - 2))
     return scales.view(torch.bfloat16), codes.view(torch.int8) if block_format == Q8 else codes

@@ -5,27 +5,27 @@ also shows that `/llm-node/status/1` can be read by others. py-libp2p and hivemi
 live in one process: import this module only where neither hivemind nor torch is loaded. Importing it takes about half
 a second, nearly all of it py-libp2p's.
 
-Only Noise is offered as security: py-libp2p would by default also accept plaintext, under which anybody on the path could pose
-as the peer. The handshake proves that the other side holds the key in the address.
+Only TLS is offered as security, which is what our p2pd speaks: py-libp2p would by default also accept plaintext, under which
+anybody on the path could pose as the peer. The handshake proves that the other side holds the key in the address.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import libp2p
 import trio
 from libp2p.abc import INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519_keys
-from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_keys
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.exceptions import StreamFailure
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.security.tls.transport import PROTOCOL_ID as TLS
+from libp2p.security.tls.transport import TLSTransport
 from multiaddr import Multiaddr
 
 from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL, parse_document
@@ -95,8 +95,7 @@ def _resolved(path: str) -> str:
 async def _fetch(peer: PeerInfo, timeout_s: float) -> bytes | Exception:
     """The document's bytes, or what went wrong: raised inside the host it would come out wrapped in a group."""
     keys = new_ed25519_keys()
-    noise = NoiseTransport(keys, noise_privkey=new_x25519_keys().private_key)
-    host = libp2p.new_host(key_pair=keys, sec_opt={NOISE: noise})
+    host = libp2p.new_host(key_pair=keys, sec_opt={TLS: TLSTransport(keys)})
     outcome: bytes | Exception = TimeoutError()
     with trio.move_on_after(timeout_s):
         async with host.run(listen_addrs=[]):
@@ -132,9 +131,18 @@ def _explain(address: str, error: Exception, timeout_s: float) -> str:
         return f"{address} is there but serves no status; is it an llm-node peer of this version?"
     if isinstance(error, EOFError):
         return f"{address} broke off in the middle of its status; try again"
-    if "failed to upgrade security" in str(error.__cause__):
+    if any("Peer ID mismatch" in str(cause) for cause in _causes(error)):
         return f"something answers at {address}, but it is not that peer; ask for the peer's present address"
     return f"{address} can not be reached; check the address, and that the peer is running and its port open"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and all that led to it; py-libp2p keeps one list of them for the attempts at all addresses."""
+    while error is not None:
+        yield error
+        for attempt in getattr(error, "errors", ()):
+            yield from _causes(attempt)
+        error = error.__cause__
 
 
 def _leaf(error: BaseException) -> str:

@@ -149,6 +149,7 @@ class DaemonProcess:
             "connGrace": "10s",
             "dhtServer": 1,
             "tls": 1,
+            "noise": 0,
             "idleTimeout": "30s",
             "persistentConnMaxMsgSize": MAX_MESSAGE_BYTES,
         }

@@ -1,0 +1,155 @@
+"""The compiled route of pair averaging does what the tiled one does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import averaging.fused
+import averaging.replica
+from averaging.admission import AdmissionConfig
+from averaging.outer import OuterConfig
+from averaging.replica import Outcome, Replica, ReplicaConfig
+from averaging.update import RemoteUpdate, Update
+from kernels.dispatch import compiler_works
+from protocol.ids import PeerId
+
+CODECS = ("fp32", "bf16", "q8", "q4", "lattice")
+NUMEL = 3 * 4096 + 100
+"""Whole blocks, and one that is not full."""
+ROUNDS = 6
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same functions without torch.compile, which takes seconds each."""
+    monkeypatch.setattr(averaging.replica, "use_compiled", lambda numel, wanted: wanted)
+    monkeypatch.setattr(averaging.fused, "compiled_version", lambda function: function)
+
+
+def config(codec: str, *, compiled: bool, **more: object) -> ReplicaConfig:
+    defaults: dict[str, object] = {"admission": AdmissionConfig(newcomer_weight=1.0), "slow_codec": codec}
+    outer = OuterConfig(algorithm="pair-average")
+    return ReplicaConfig(outer=outer, compiled=compiled, **(defaults | more))  # type: ignore[arg-type]
+
+
+def received(update: Update, name: str) -> RemoteUpdate:
+    slow = memoryview(bytearray(update.slow))
+    return RemoteUpdate(peer=PeerId(name), round=update.round, tokens=update.tokens, delta=update.delta, slow=slow)
+
+
+def trained(
+    codec: str, *, compiled: bool, members: int = 2, late_steps: bool = False, numel: int = NUMEL, **more: object
+) -> tuple[list[Replica], list[Outcome]]:
+    """Replicas that drift apart at random and average with everybody in every round."""
+    random = torch.Generator().manual_seed(3)
+    start = torch.randn(numel, generator=random) * 0.02
+    replicas = [Replica(start.clone(), config(codec, compiled=compiled, **more)) for _ in range(members)]
+    outcomes = []
+    for round in range(ROUNDS):
+        for replica in replicas:
+            replica.theta.add_(torch.randn(numel, generator=random), alpha=1e-4)
+        updates = [replica.pack(round=round, tokens=10) for replica in replicas]
+        sent = [received(update, str(index)) for index, update in enumerate(updates)]
+        for index, replica in enumerate(replicas):
+            if late_steps:
+                replica.theta.add_(torch.randn(numel, generator=random), alpha=1e-5)
+            outcomes.append(replica.apply([each for each in sent if each.peer != str(index)]))
+    return replicas, outcomes
+
+
+def differ_by(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    "more", [{}, {"late_steps": True}, {"members": 3}, {"fragments": 2}, {"fragments": 2, "blend": 0.5}], ids=str
+)
+@pytest.mark.parametrize("codec", CODECS)
+def test_both_routes_agree(codec: str, more: dict[str, object]) -> None:
+    tiled, expected = trained(codec, compiled=False, **more)  # type: ignore[arg-type]
+    fused, found = trained(codec, compiled=True, **more)  # type: ignore[arg-type]
+    # A value between two lattice points may fall on either side.
+    tolerance = 3e-4 if codec == "lattice" else 1e-6
+    for mine, theirs in zip(fused, tiled, strict=True):
+        assert differ_by(mine.theta, theirs.theta) < tolerance
+    for outcome, other in zip(found, expected, strict=True):
+        assert outcome.kind == other.kind
+        assert outcome.shift_norm == pytest.approx(other.shift_norm, rel=max(tolerance * 10, 1e-4))
+        assert outcome.delta_norm == pytest.approx(other.delta_norm, rel=max(tolerance * 10, 1e-4))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_fused_and_a_tiled_replica_end_with_the_same_weights(codec: str) -> None:
+    numel, random = NUMEL, torch.Generator().manual_seed(5)
+    start = torch.randn(numel, generator=random) * 0.02
+    a, b = (Replica(start.clone(), config(codec, compiled=compiled, admission=None)) for compiled in (False, True))
+    for replica in (a, b):
+        replica.theta.add_(torch.randn(numel, generator=random), alpha=1e-4)
+    sent = [received(replica.pack(round=0, tokens=10), name) for replica, name in ((a, "a"), (b, "b"))]
+    before = (a.theta - b.theta).norm()
+    outcomes = [a.apply([sent[1]]), b.apply([sent[0]])]
+    assert [outcome.kind for outcome in outcomes] == ["averaged", "averaged"]
+    assert (a.theta - b.theta).norm() < {"fp32": 1e-6, "bf16": 0.6, "q8": 1.5, "q4": 20.0, "lattice": 0.4}[
+        codec
+    ] * before
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_alone_nothing_changes() -> None:
+    replica = Replica(torch.randn(NUMEL), config("q8", compiled=True))
+    replica.theta.add_(1e-3)
+    expected = replica.theta.clone()
+    replica.pack(round=0, tokens=1)
+    outcome = replica.apply([])
+    assert outcome.kind == "solo"
+    assert torch.equal(replica.theta, expected)
+    assert torch.equal(replica.phi, expected)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_a_diverged_round_leaves_the_slow_weights(bad: float) -> None:
+    replica = Replica(torch.randn(NUMEL), config("lattice", compiled=True))
+    phi = replica.phi.clone()
+    replica.theta[-1] = bad
+    with pytest.raises(FloatingPointError):
+        replica.pack(round=0, tokens=1)
+    assert torch.equal(replica.phi, phi)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("compiled", [False, True], ids=["tiled", "fused"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_equal_replicas_are_not_moved_and_a_block_of_nan_pulls_nobody(codec: str, compiled: bool) -> None:
+    start = torch.randn(NUMEL) * 0.02
+    a, b = (Replica(start.clone(), config(codec, compiled=compiled)) for _ in range(2))
+    for replica in (a, b):
+        replica.theta.add_(1e-4)
+    expected = a.theta.clone()
+    sent = [received(replica.pack(round=0, tokens=10), name) for replica, name in ((a, "a"), (b, "b"))]
+    assert a.apply([sent[1]]).kind == "averaged"
+    assert torch.equal(a.theta, expected)
+    sent[0].slow[:8] = b"\xff" * 8  # NaN in the first values, scales or steps
+    outcome = b.apply([sent[0]])
+    assert torch.equal(b.theta, expected)
+    assert (outcome.kind == "refused") == (codec != "lattice")
+    assert (outcome.unreadable_share > 0) == (codec == "lattice")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own deprecations
+@pytest.mark.parametrize("codec", CODECS)
+def test_compiled_code_agrees(codec: str) -> None:
+    if not compiler_works():
+        pytest.skip("no C++ compiler")
+    tiled, _ = trained(codec, compiled=False)
+    fused, _ = trained(codec, compiled=True)
+    for mine, theirs in zip(fused, tiled, strict=True):
+        assert differ_by(mine.theta, theirs.theta) < (3e-4 if codec == "lattice" else 1e-6)
