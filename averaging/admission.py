@@ -5,7 +5,7 @@ With a single partner there is no majority to ask, so robustness comes from our 
     d = ‖Δj − Δi‖    e = ‖φj − φi‖    s = ‖Δi‖, or our usual one (median of the last rounds) if that is more
     τ = median of the last accepted distances, held between s and clip_factor·s             (one τ for d, one for e)
     far:     d or e is beyond reject_factor·τ
-    refused: not finite; d beyond IMPLAUSIBLE·τ; or far, while most of the other partners are near
+    refused: not finite; unreadable; d beyond IMPLAUSIBLE·τ; or far, while most of the other partners are near
     else accepted, its difference scaled to at most τ and weighed by how well we know the partner (averaging/familiarity.py)
 
 The bound follows our own progress, which no partner can inflate: one exchange moves us by at most clip_factor·s, whoever sends
@@ -17,6 +17,10 @@ a partition, and where few peers with a high learning rate drift apart. So a far
 REFUSING_MAJORITY of the other partners met last were near. A peer thus never refuses a third of its partners, and a swarm
 whose peers are all far from each other goes on averaging. A peer that is farther away from everybody than clipped steps can mend
 is astray (`is_astray`): it should fetch the swarm's state.
+
+φ that the lattice codec cannot read (e is infinite) is no sign of malice, nor of a large distance: the codec's window was too small
+for it, on either side. It says nothing about who is near, and both windows double (averaging/window.py). Only where that has not
+helped either for several times as many meetings are we astray.
 
 Norms bound what one exchange can do; they do not tell good from bad (an attacker can stay at the threshold). The validation gate
 that does is a separate step.
@@ -42,6 +46,9 @@ IMPLAUSIBLE = 30.0
 """Progress that differs from ours by more than so many τ is no progress: a peer of 16 times our speed stays below."""
 ASTRAY_MEETINGS = 4
 """So many partners in a row that are too far to be averaged with mean that we are the odd one out …"""
+UNREADABLE_SHARE = 1 / 4
+"""… where one whose φ cannot be read counts as this share of a meeting: in 16 of them the lattice's window has gone from its
+narrowest to its widest …"""
 ASTRAY_PARTNERS = 2
 """… if at least so many of them are different peers: between two alone nobody can tell which one is."""
 MENDABLE_LIMITS = 10.0
@@ -126,7 +133,8 @@ class Admission:
         self._slow: deque[float] = deque(maxlen=config.history)
         self._own: deque[float] = deque(maxlen=config.history)
         self._far: dict[PeerId, bool] = {}  # the partners met last and what they were then; the latest at the end
-        self._hopeless: deque[PeerId] = deque(maxlen=config.history)  # too far to be averaged with, in a row
+        # Partners in a row that were too far to be averaged with, and how much each counts.
+        self._hopeless: deque[tuple[PeerId, float]] = deque(maxlen=math.ceil(ASTRAY_MEETINGS / UNREADABLE_SHARE))
         self._familiarity = Familiarity(
             newcomer_weight=config.newcomer_weight, num_exchanges=config.newcomer_exchanges, window=config.history
         )
@@ -134,7 +142,8 @@ class Admission:
     @property
     def is_astray(self) -> bool:
         """Whether we are the odd one out: the last partners, several different ones, were all too far to be averaged with."""
-        return len(self._hopeless) >= ASTRAY_MEETINGS and len(set(self._hopeless)) >= ASTRAY_PARTNERS
+        num_meetings, partners = sum(share for _, share in self._hopeless), {peer for peer, _ in self._hopeless}
+        return num_meetings >= ASTRAY_MEETINGS and len(partners) >= ASTRAY_PARTNERS
 
     @property
     def usual_distance(self) -> float:
@@ -145,7 +154,7 @@ class Admission:
         """Decide about one update, and remember it."""
         if not (math.isfinite(distances.delta) and math.isfinite(distances.slow)):
             if math.isinf(distances.slow):
-                self._note(peer, is_far=True, is_hopeless=True)
+                self._hopeless.append((peer, UNREADABLE_SHARE))
             return Verdict.refused("values are not finite or overflow", distances)
         if self._is_open:
             return Verdict(kind="averaged", distances=distances)
@@ -224,7 +233,7 @@ class Admission:
         if len(self._far) > self._config.history:
             del self._far[next(iter(self._far))]
         if is_hopeless:
-            self._hopeless.append(peer)
+            self._hopeless.append((peer, 1.0))
         else:
             self._hopeless.clear()
 

@@ -1,12 +1,14 @@
-"""The passes of pair averaging as compiled loops: what averaging/passes.py does with a dozen operations per tile, in one.
+"""The passes of the rules that send θ alone, as compiled loops: what averaging/passes.py does with a dozen operations, in one.
 
-    pack      Δ = θ − φ;  φ ← θ;  bytes ← encode(θ);  Σ Δ²
+    pack      Δ = θ − φ;  anchor ← θ;  bytes ← encode(θ);  Σ Δ²
     measure   Σ (theirs − ours)², and which blocks could be read; nothing is written
-    step      φ' = φ + Σ factor·(theirs − ours);  θ ← (θ − φ) + φ';  φ ← φ'
+    step      pull = Σ factor·(theirs − ours);  θ ← (θ − anchor) + φ';  φ ← φ', where
+              pair-average      φ' = anchor + pull
+              noloco, θ alone   δ ← α·δ + β·(anchor − φ) + γ·pull;  φ' = φ + δ
 
 An exchange of a large model is bound by memory, and eager torch moves every vector through a dozen buffers: it takes two to five
 times the processor time (docs/LOG.md). The price is some ten seconds of compiling at the first use on a machine, so this
-route is for large models. Since what is averaged is θ itself, φ's place keeps θ as it was packed, and there is no anchor.
+route is for large models. Pair averaging needs no vector of its own for the anchor: φ's place keeps it.
 
 The rules are those of passes.py; sums are rounded differently, and so may be the last bit of a lattice step.
 
@@ -23,33 +25,31 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from averaging import fused_loops as loops
 from averaging.codec import CAST_TYPES
 from averaging.fragments import Fragments, Piece
+from averaging.fused_loops import BLOCK, QUANTIZED, Fields, Four
 from averaging.partners import Measurement, Partner, TileNorm
 from averaging.payloads import Payloads
 from averaging.replica_config import ReplicaConfig
 from averaging.vectors import Passes, Vectors
-from averaging.window import LatticeWindow
 from kernels.dispatch import compiled_version
-from kernels.formats import LATTICE, Q4, Q8
-from kernels.lattice import WINDOW, checksum_weights, lattice_fields, read_blocks, write_blocks
-from kernels.quantize import block_kernels, quantized_fields
+from kernels.formats import LATTICE
+from kernels.lattice import checksum_weights, lattice_fields
+from kernels.quantize import quantized_fields
 from protocol.ids import PeerId
 
 __all__ = ["FusedPasses", "is_fusible"]
 
-Fields = tuple[Tensor, ...]
-
-_BLOCK = 256
-"""Elements per block where the codec has none of its own."""
 _PIECE_NUMEL = 1 << 20
 """Elements per call: what is summed in fp32 is one block, and a call costs nothing beside it."""
-_QUANTIZED = {"q8": Q8, "q4": Q4}
 
 
 def is_fusible(config: ReplicaConfig) -> bool:
     """Whether this route knows the run's way of averaging."""
-    return config.outer.algorithm == "pair-average" and config.outer.momentum_clip == 0.0
+    outer = config.outer
+    sends_theta_alone = outer.algorithm == "pair-average" or (outer.algorithm == "noloco" and outer.theta_only)
+    return sends_theta_alone and outer.momentum_clip == 0.0
 
 
 @dataclass(slots=True)
@@ -65,15 +65,14 @@ class _Part:
     """Whole blocks of one piece.
 
     Args:
-        theta, phi: fp32 [N].
+        vectors: θ, φ, δ and anchor, fp32 [N]; the last two are empty with pair averaging.
         fields: of our payload and of the partners', one after the other.
         distance: of the lattice's window, fp32 [B, 1]; empty for other codecs.
         numel: elements of a block that count: those of the padding do not.
         is_padded: whether all this are copies, too short to compile for.
     """
 
-    theta: Tensor
-    phi: Tensor
+    vectors: Four
     fields: tuple[Fields, ...]
     distance: Tensor
     numel: int
@@ -81,29 +80,35 @@ class _Part:
 
 
 class FusedPasses(Passes):
-    """See the module; arguments as for `averaging.passes.TiledPasses`. The anchor is φ itself."""
+    """See the module; arguments as for `averaging.passes.TiledPasses`. With pair averaging the anchor is φ itself."""
 
     def __init__(self, vectors: Vectors, payloads: Payloads, fragments: Fragments, config: ReplicaConfig) -> None:
         assert is_fusible(config)
-        assert vectors.anchor is vectors.phi
-        self._theta, self._phi = vectors.theta, vectors.phi
+        self._is_pair_average = config.outer.algorithm == "pair-average"
+        assert (vectors.anchor is vectors.phi) == self._is_pair_average
+        self._theta, self._phi, self._momentum = vectors.theta, vectors.phi, vectors.momentum
+        self._anchor = vectors.theta.new_empty(0) if self._is_pair_average else vectors.anchor
+        self._outer = config.outer
         self._payloads, self._fragments = payloads, fragments
         self._codec, self._keep = config.slow_codec, 1.0 - config.blend
-        self._block = max(payloads.slow_codec.block, 64) if config.slow_codec in _QUANTIZED else _BLOCK
+        self._block = max(payloads.slow_codec.block, 64) if config.slow_codec in QUANTIZED else BLOCK
         self._weights = checksum_weights(vectors.theta.device)
         self._seen: dict[PeerId, _Seen] = {}
 
     def pack(self, round: int) -> float:
-        size, norm = TileNorm(), TileNorm()
-        for piece in self._pieces(round):
-            size.add(self._theta[piece.span])
-        if not math.isfinite(size.total()):
+        if self._is_pair_average and not self._is_finite(round):
             return math.nan  # φ must stay as it was
+        norm = TileNorm()
         for piece in self._pieces(round):
             for part in self._parts(piece, [self._payloads.slow]):
-                pack = _pack if part.is_padded else compiled_version(_pack)
+                pack = loops.pack if part.is_padded else compiled_version(loops.pack)
                 squares = pack(
-                    self._codec, part.theta, part.phi, part.fields[0], part.distance, part.numel, self._weights
+                    self._codec,
+                    part.vectors,
+                    part.fields[0],
+                    part.distance,
+                    part.numel,
+                    self._weights,
                 )
                 norm.add_squares(squares)
         return norm.total()
@@ -115,28 +120,39 @@ class FusedPasses(Passes):
     def step(
         self, round: int, accepted: Sequence[Partner], *, scale: float, clip: float, keeps_residual: bool
     ) -> float:
-        if not accepted:  # φ holds θ as it was packed, which is the solo step
+        if self._is_pair_average and not accepted:  # φ holds θ as it was packed, which is the solo step
             return 0.0
-        shift = TileNorm()
-        factors = tuple(torch.tensor(scale * p.slow_factor, device=self._theta.device) for p in accepted)
+        shift, outer = TileNorm(), self._outer
+        pull_scale = scale if self._is_pair_average else 1.0
+        factors = tuple(torch.tensor(pull_scale * p.slow_factor, device=self._theta.device) for p in accepted)
+        scales = torch.tensor([scale, clip], device=self._theta.device)
         for piece in self._pieces(round):
             for part in self._parts(piece, [self._payloads.slow, *(partner.slow for partner in accepted)]):
-                step = _step if part.is_padded else compiled_version(_step)
-                squares = step(self._codec, part.theta, part.phi, part.fields, factors, self._keep, self._weights)
+                # A group of any size would be compiled for anew.
+                step = loops.step if part.is_padded or len(accepted) > 1 else compiled_version(loops.step)
+                squares = step(
+                    self._codec, part.vectors, part.fields, factors, scales, outer, self._keep, self._weights
+                )
                 shift.add_squares(squares)
         self._learn(round, accepted)
         return shift.total()
 
     def step_norm(self, round: int, accepted: Sequence[Partner]) -> float:
-        raise AssertionError("pair averaging has no momentum to clip")
+        raise AssertionError("runs with a momentum clip take the other route")
+
+    def _is_finite(self, round: int) -> bool:
+        size = TileNorm()
+        for piece in self._pieces(round):
+            size.add(self._theta[piece.span])
+        return math.isfinite(size.total())
 
     def _measure(self, round: int, partner: Partner) -> Measurement:
         found, seen = Measurement(), self._seen[partner.peer]
         for piece in self._pieces(round):
             for part in self._parts(piece, [self._payloads.slow, partner.slow]):
-                measure = _measure if part.is_padded else compiled_version(_measure)
+                measure = loops.measure if part.is_padded else compiled_version(loops.measure)
                 ours, theirs = part.fields
-                squares, readable = measure(self._codec, part.phi, ours, theirs, self._weights)
+                squares, readable = measure(self._codec, loops.packed_theta(part.vectors), ours, theirs, self._weights)
                 found.slow.add_squares(squares)
                 seen.squares.append(squares / part.numel)
                 seen.readable.append(readable)
@@ -167,31 +183,35 @@ class FusedPasses(Passes):
         for begin, count in ((0, numel - tail), (numel - tail, tail)):
             if count == 0:
                 continue
-            theta, phi = self._theta[piece.span][begin:][:count], self._phi[piece.span][begin:][:count]
+            span = slice(piece.span.start + begin, piece.span.start + begin + count)
+            vectors = self._theta[span], self._phi[span], self._momentum[span], self._anchor[span]
             fields = tuple(self._fields(payload, piece.start + begin, count) for payload in payloads)
             distance = self._distance(piece.span.start + begin, count)
             if count == tail:
-                yield from self._padded_part(theta, phi, fields, distance)
+                yield from self._padded_part(vectors, fields, distance)
             else:
-                yield _Part(theta, phi, fields, distance, numel=self._block, is_padded=False)
+                yield _Part(vectors, fields, distance, numel=self._block, is_padded=False)
 
-    def _padded_part(self, theta: Tensor, phi: Tensor, fields: tuple[Fields, ...], distance: Tensor) -> Iterator[_Part]:
+    def _padded_part(self, vectors: Four, fields: tuple[Fields, ...], distance: Tensor) -> Iterator[_Part]:
         """Copies of a short block, which are copied back afterwards; fields of plain values are as short as θ, others are not."""
-        is_plain = self._codec in CAST_TYPES
-        copies = [_padded(view, self._block) for view in (theta, phi)]
+        tail, is_plain = vectors[0].numel(), self._codec in CAST_TYPES
+        theta, phi, momentum, anchor = (
+            _padded(vector, self._block) if vector.numel() else vector for vector in vectors
+        )
+        copies = theta, phi, momentum, anchor
         padded = tuple((_padded(group[0], self._block),) for group in fields) if is_plain else fields
-        yield _Part(copies[0], copies[1], padded, distance, numel=theta.numel(), is_padded=True)
-        theta.copy_(copies[0][: theta.numel()])
-        phi.copy_(copies[1][: theta.numel()])
+        yield _Part(copies, padded, distance, numel=tail, is_padded=True)
+        for vector, copy in zip(vectors, copies, strict=True):
+            vector.copy_(copy[: vector.numel()])
         if is_plain:
-            fields[0][0].copy_(padded[0][0][: theta.numel()])
+            fields[0][0].copy_(padded[0][0][:tail])
 
     def _fields(self, payload: Tensor, start: int, count: int) -> Fields:
         """The part of a payload that holds `count` values from `start` on: [B, …] each, or [N] where values are plain."""
         if self._codec in CAST_TYPES:
             return (payload.view(CAST_TYPES[self._codec])[start : start + count],)
         fields = (
-            lattice_fields(payload) if self._codec == "lattice" else quantized_fields(payload, _QUANTIZED[self._codec])
+            lattice_fields(payload) if self._codec == "lattice" else quantized_fields(payload, QUANTIZED[self._codec])
         )
         return tuple(each[start // self._block : -(-(start + count) // self._block)] for each in fields)
 
@@ -201,95 +221,6 @@ class FusedPasses(Passes):
         return self._payloads.window.distance[
             start // LATTICE.block_size : -(-(start + count) // LATTICE.block_size), None
         ]
-
-
-# ---- what is compiled ----
-
-
-def _pack(
-    codec: str, theta: Tensor, phi: Tensor, fields: Fields, distance: Tensor, numel: int, weights: Tensor
-) -> Tensor:
-    """θ, φ fp32 [N] → fields; φ ← θ; distance rises to what the block moved. Returns Σ Δ², [B]."""
-    blocks = _blocks(theta, codec)
-    delta = blocks - _blocks(phi, codec)
-    squares = torch.sum(delta * delta, dim=1)
-    if codec == "lattice":
-        moved = torch.sqrt(squares / numel)[:, None]
-        size = torch.sqrt(torch.sum(blocks * blocks, dim=1) / numel)[:, None]
-        # fmax: a diverged round must leave no NaN behind.
-        wanted = LatticeWindow.bounded(torch.fmax(distance, moved), torch.nan_to_num(size))
-        distance.copy_(wanted)
-        largest = torch.amax(torch.abs(blocks), dim=1, keepdim=True)
-        steps, checksums, codes = fields
-        write_blocks(blocks, largest, wanted * (WINDOW / 8), steps, checksums, codes, weights)
-    elif codec in _QUANTIZED:
-        encode, _ = block_kernels(_QUANTIZED[codec])
-        scales, codes = fields
-        encode(theta, scales, codes, None, None)
-    else:
-        fields[0].copy_(theta)
-    phi.copy_(theta)
-    return squares
-
-
-def _measure(codec: str, near: Tensor, ours: Fields, theirs: Fields, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ (theirs − ours)² and which blocks are readable, [B] each."""
-    values, readable = _read(codec, theirs, near, weights)
-    difference = values - _own(codec, ours, near, weights)
-    squares = torch.sum(difference * difference, dim=1)
-    return torch.where(readable, squares, torch.zeros_like(squares)), readable
-
-
-def _step(
-    codec: str,
-    theta: Tensor,
-    phi: Tensor,
-    fields: tuple[Fields, ...],
-    factors: tuple[Tensor, ...],
-    keep: float,
-    weights: Tensor,
-) -> Tensor:
-    """φ and θ take the step; returns Σ (φ' − φ)², [B]."""
-    packed, ours = _blocks(phi, codec), _own(codec, fields[0], phi, weights)
-    pull = torch.zeros_like(packed)
-    for theirs, factor in zip(fields[1:], factors, strict=True):
-        values, readable = _read(codec, theirs, phi, weights)
-        pull = pull + torch.where(readable[:, None], values - ours, torch.zeros_like(ours)) * factor
-    moved = packed + pull
-    shift = moved - packed
-    weights_now = _blocks(theta, codec)
-    theta.copy_(((weights_now - packed) + moved if keep == 1.0 else weights_now + shift * keep).view(-1))
-    phi.copy_(moved.view(-1))
-    return torch.sum(shift * shift, dim=1)
-
-
-def _blocks(x: Tensor, codec: str) -> Tensor:
-    return x.view(-1, Q4.block_size if codec == "q4" else _BLOCK)
-
-
-def _read(codec: str, fields: Fields, near: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Decoded values [B, n], and which blocks are readable, [B]."""
-    if codec in CAST_TYPES:
-        values = _blocks(fields[0].float(), codec)
-    else:
-        out = torch.empty_like(near)
-        if codec == "lattice":
-            steps, checksums, codes = fields
-            readable = read_blocks(near, steps, checksums, codes, weights, out)
-            return _blocks(out, codec), readable
-        _, decode = block_kernels(_QUANTIZED[codec])
-        scales, codes = fields
-        decode(scales, codes, out)
-        values = _blocks(out, codec)
-    return values, torch.ones_like(values[:, 0], dtype=torch.bool)
-
-
-def _own(codec: str, fields: Fields, near: Tensor, weights: Tensor) -> Tensor:
-    """Our own values as they travelled, [B, n]. Those of the lattice need no codes: `near` is what was encoded."""
-    if codec != "lattice":
-        return _read(codec, fields, near, weights)[0]
-    step = fields[0].float()
-    return torch.round(_blocks(near, codec) * (1 / step)) * step
 
 
 def _padded(tail: Tensor, numel: int) -> Tensor:

@@ -84,12 +84,16 @@ class Measurement:
         return 2 * self.num_unreadable > self.num_blocks
 
     def judge(self, peer: PeerId, *, own: float, admission: Admission) -> Verdict:
-        """Ask admission; a partner that is too far to be read is infinitely far.
+        """Ask admission; a partner that is too far to be read is infinitely far, one whose values overflow is not a number.
 
         Args:
             own: ‖Δi‖.
         """
-        slow = math.inf if self.is_too_far else self.slow.total()
+        slow = self.slow.total()
+        if self.is_too_far:
+            slow = math.inf
+        elif math.isinf(slow):
+            slow = math.nan
         verdict = admission.judge(peer, Distances(delta=self.delta.total(), slow=slow, own=own))
         if self.is_too_far:
             return replace(verdict, reason="replicas are too far apart for the lattice codec")

@@ -89,7 +89,7 @@ class Replica:
             phi=self.phi,
             momentum=self.momentum,
             residual=self.residual,
-            anchor=self.phi if fused else torch.empty_like(theta),
+            anchor=self.phi if fused and not outer.keeps_slow else torch.empty_like(theta),
         )
         fragments = Fragments(numel, config.fragments)
         route = FusedPasses if fused else TiledPasses

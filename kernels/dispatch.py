@@ -18,6 +18,8 @@ __all__ = ["COMPILE_MIN_NUMEL", "compiled_version", "compiler_works", "tile_nume
 COMPILE_MIN_NUMEL = 16_000_000
 """Smallest tensor, in elements, for which compiling is worth its start-up cost without being asked for."""
 
+_MAX_VARIANTS = 64
+
 _Params = ParamSpec("_Params")
 _Result = TypeVar("_Result")
 
@@ -59,4 +61,6 @@ def compiler_works() -> bool:
 @functools.cache
 def compiled_version(function: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
     """The compiled form of a kernel, made once per function; sizes are dynamic, so that new ones do not recompile."""
+    # One function has a variant per wire format and rule; beyond torch's own limit of 8 it would raise.
+    torch._dynamo.config.recompile_limit = max(_MAX_VARIANTS, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=True, fullgraph=True)

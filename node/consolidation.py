@@ -1,7 +1,7 @@
 """The end of a finite run: the peers average until they hold one model, which is then saved and exported.
 
     ready ──► wait for those who still train ──► meet, meet, … ──► agreed ──► wait for the others' word ──► one model
-                  (at most a round and an exchange)   (bounded number, each with the run's exchange deadline)
+                  (at most a round and an exchange)   (bounded number, each with a deadline for its bytes)
 
 Peers meet at random (averaging/consolidation.py) in rounds that are numbered far beyond the last one of the run, so that no
 exchange of training pairs with one of these. Nobody meets the same partner twice in a row while there are others: a pair that
@@ -46,7 +46,8 @@ class Consolidated:
     Args:
         meetings: exchanges that came about.
         distance: ‖θi − θj‖/‖θi‖ at the last one, before it; None without any.
-        agreed: whether it ended because the models are the same within the tolerance.
+        agreed: whether the models are the same within the tolerance, as far as this peer's last partners tell; without any
+            meeting, whether it trained alone all the time.
     """
 
     meetings: int
@@ -90,11 +91,15 @@ class Consolidator:
         return has_ended and sync.algorithm != "local" and sync.consolidation_tolerance > 0.0
 
     async def run(self) -> Consolidated:
-        """Average with whoever is there, and measure the result; ends at once when nobody is. Cancellation leaves a whole model."""
+        """Average with whoever is there, and measure the result. Cancellation leaves a whole model.
+
+        When nobody is there it ends at once: a peer that was alone all the time holds the run's model, one that comes after the
+        others have left holds its own, and says so.
+        """
         await self._directory.refresh()
         others = self._others()
         if not others:
-            return Consolidated(meetings=0, distance=None, agreed=True)
+            return self._without_others()
         self._events.emit("consolidating", peers=len(others))
         consolidation = await self._compute.run(
             Consolidation, self._trainer.replica, tolerance=self._sync.consolidation_tolerance
@@ -109,6 +114,14 @@ class Consolidator:
         self._events.emit(
             "consolidated", loss=round(loss, 4), meetings=done.meetings, distance=done.distance, agreed=done.agreed
         )
+        return done
+
+    def _without_others(self) -> Consolidated:
+        alone = self._progress.exchanges_ok == 0
+        done = Consolidated(meetings=0, distance=None, agreed=alone)
+        if not alone:
+            loss = round(self._progress.val_loss or math.nan, 4)
+            self._events.emit("consolidated", loss=loss, meetings=0, distance=None, agreed=False)
         return done
 
     async def _meet_until_agreed(self, consolidation: Consolidation) -> bool:
@@ -162,7 +175,7 @@ class Consolidator:
     async def _meet(self, averager: Averager, consolidation: Consolidation) -> None:
         update = await self._compute.run(consolidation.pack, self._round)
         candidates = [peer for peer in self._others() if peer != self._last] or list(self._others())
-        deadline_s = asyncio.get_running_loop().time() + self._sync.exchange_timeout_s
+        deadline_s = asyncio.get_running_loop().time() + self._limit_s(consolidation)
         result = await averager.exchange(update, candidates=candidates, deadline_s=deadline_s)
         outcome, distance = str(result.outcome), math.inf
         if result.remote is not None:
@@ -178,6 +191,11 @@ class Consolidator:
         seconds = round(result.seconds, 3)
         known = distance if math.isfinite(distance) else None
         self._events.emit("consolidation", partner=result.partner, outcome=outcome, seconds=seconds, distance=known)
+
+    def _limit_s(self, consolidation: Consolidation) -> float:
+        """Deadline of one meeting: the run's for its exchanges, and as much longer as there is more to send, in fp32."""
+        ratio = consolidation.num_payload_bytes / max(1, self._trainer.replica.num_payload_bytes)
+        return self._sync.exchange_timeout_s * max(1.0, ratio)
 
     async def _look(self) -> None:
         # In a large swarm this also reads the bucket that the round's lot names, so that peers of all buckets mix.

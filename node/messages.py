@@ -97,9 +97,12 @@ def _meeting(fields: Fields) -> str:
 
 
 def _consolidated(fields: Fields) -> str:
-    outcome = "All peers hold one model" if fields["agreed"] else "Stopped averaging before all models were the same"
+    outcome = (
+        "All peers hold one model" if fields["agreed"] else "The final averaging ended before all models were the same"
+    )
     near = "" if fields["distance"] is None else f", within {fields['distance']:.1g} of the last partner's"
-    return f"{outcome}{near}; held-out loss {fields['loss']:.3f}"
+    whose = "" if fields["agreed"] else "; the saved checkpoint is this peer's own model"
+    return f"{outcome}{near}; held-out loss {fields['loss']:.3f}{whose}"
 
 
 _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {

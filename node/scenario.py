@@ -25,6 +25,8 @@ __all__ = ["MAX_PEERS", "ChurnSection", "LinksSection", "Scenario", "SwarmSectio
 MAX_PEERS = 16_384
 MAX_GROUP_PEERS = 64
 """Largest swarm in which everybody exchanges with everybody: each pair of peers has a stream of its own."""
+MAX_NUMBERS = 1 << 26
+"""Largest product of peers and parameters: a peer holds a dozen vectors, so this is about 3 GiB."""
 
 
 class _Section(BaseModel):
@@ -124,6 +126,11 @@ class Scenario(_Section):
                 f"sync.group all exchanges with every peer, which is simulated for at most {MAX_GROUP_PEERS} peers; "
                 "lower swarm.peers or set sync.group to pair"
             )
+        if self.swarm.peers * self.swarm.parameters > MAX_NUMBERS:
+            raise ValueError(
+                f"swarm.peers times swarm.parameters is {self.swarm.peers * self.swarm.parameters}, more than {MAX_NUMBERS} and "
+                "than fits in memory; lower one of them"
+            )
         if self.sync.fragments > math.ceil(self.swarm.parameters / FRAGMENT_BLOCK):
             raise ValueError(
                 f"sync.fragments {self.sync.fragments} needs swarm.parameters above "
@@ -145,7 +152,7 @@ def load_scenario(path: Path) -> Scenario:
         UserError: it can not be read, is not TOML, or holds an unknown key, a wrong type or an impossible value; one line.
     """
     try:
-        return Scenario.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return Scenario.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the path of a scenario file") from None
     except ValidationError as error:

@@ -80,17 +80,19 @@ def simulate_file(scenario: Scenario, folder: Path, *, out: Path | None) -> dict
         As `simulate`.
 
     Raises:
-        UserError: the link matrix is unusable, `out` can not be made, or matplotlib is missing.
+        UserError: the link matrix is unusable, `out` can not be written, or matplotlib is missing.
     """
     if out is None:
         return simulate(scenario, folder)
     check_plotting()
+    target = out / "result.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        target.open("a").close()
     except OSError as error:
-        raise UserError(f"cannot make {out}: {error.strerror}; choose another folder for --out") from None
+        raise UserError(f"cannot write {target}: {error.strerror}; choose another folder for --out") from None
     result = simulate(scenario, folder)
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    target.write_text(json.dumps(result, indent=1) + "\n")
     write_plots(result, out)
     return result
 
@@ -156,7 +158,7 @@ class Simulation:
             for number in range(num_founders):
                 self._add(number).directory.level = level
                 self._tasks[number] = tasks.create_task(self._life(number, self._start_s))
-            fate = [tasks.create_task(self._joins(tasks)), tasks.create_task(self._exits())]
+            fate = [tasks.create_task(self._joins(tasks)), tasks.create_task(self._exits(tasks))]
             await asyncio.wait(list(self._tasks.values()))
             for task in fate:
                 task.cancel()
@@ -173,6 +175,7 @@ class Simulation:
             await peer.live(start_s=start_s)
         finally:
             del self._live[number]
+            self._tasks.pop(number, None)
             peer.count_network()
 
     # ---- churn
@@ -196,7 +199,7 @@ class Simulation:
             self._world.tally.population["joined"] += 1
             self._tasks[number] = tasks.create_task(self._life(number))
 
-    async def _exits(self) -> None:
+    async def _exits(self, tasks: asyncio.TaskGroup) -> None:
         """Peers that leave or crash: the next one, whoever it is, until nobody is left to."""
         churn, chance = self._scenario.churn, self._world.chance
         rate = churn.leaves_per_hour + churn.crashes_per_hour
@@ -205,18 +208,19 @@ class Simulation:
             if not self._live or rate <= 0.0:
                 return
             await asyncio.sleep(-math.log(chance.uniform("exit", serial)) * 3600.0 / (rate * len(self._live)))
-            numbers = sorted(self._tasks.keys() & self._live.keys())
+            numbers = sorted(number for number in self._tasks if self._live[number].transport.alive)
             if numbers:
                 number = numbers[int(chance.uniform("who", serial) * len(numbers))]
-                await self._exit(number, crashes=chance.uniform("how", serial) * rate < churn.crashes_per_hour)
+                crashes = chance.uniform("how", serial) * rate < churn.crashes_per_hour
+                tasks.create_task(self._exit(number, self._tasks.pop(number), crashes=crashes))  # nobody goes twice
 
-    async def _exit(self, number: int, *, crashes: bool) -> None:
+    async def _exit(self, number: int, life: asyncio.Task[None], *, crashes: bool) -> None:
         peer = self._live[number]
         if crashes:
             self._world.network.crash(peer.peer_id)
         else:
             await peer.say_goodbye()
-        self._tasks[number].cancel()
+        life.cancel()
         self._world.tally.population["crashed" if crashes else "left"] += 1
 
     # ---- result

@@ -37,7 +37,7 @@ def read_matrix(path: Path) -> Sites:
         UserError: it can not be read, or a line is not as it should be, or a pair of sites is missing.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a CSV file"

@@ -41,10 +41,10 @@ def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
     axes.plot(columns["round"], columns["spread"], marker=".", label="replica spread (RMS)")
     axes.plot(columns["round"], columns["replica_loss"], marker=".", label="loss of a replica")
     axes.plot(columns["round"], columns["mean_loss"], marker=".", label="loss of the replicas' mean")
-    axes.set(title=title, xlabel="round", yscale="log")
+    axes.set(title=title, xlabel="round", ylabel="size of the optimum = 1", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend()
+    spread.legend(loc="outside lower center", ncols=3)
     plots = {"rounds": spread}
     if result["exchange_cdf_s"]:
         times = Figure(figsize=_SIZE_INCHES, layout="constrained")

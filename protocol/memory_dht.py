@@ -106,8 +106,14 @@ class MemoryDht(Dht):
             return []
         now_s = self._transport.network.now_s()
         best: dict[str, DhtEntry] = {}
+        trusted: dict[str, DhtEntry] = {}
         for holder in self._transport.network.nearest(key, self._transport.peer_id):
-            for entry in holder.dht.table.get(key, {}).values():
+            records = holder.dht.table.get(key, {})
+            if holder.dht.validator is self.validator:
+                if records == trusted:  # most holders have the very same records as the one before
+                    continue
+                trusted = records
+            for entry in records.values():
                 known = best.get(entry.subkey)
                 if known is entry or (known is not None and known.expires_at_s >= entry.expires_at_s):
                     continue

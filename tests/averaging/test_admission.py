@@ -149,13 +149,35 @@ def test_nobody_is_astray_for_one_partner_s_sake_or_for_what_averaging_mends() -
     assert not drifting.is_astray
 
 
-def test_what_cannot_be_read_for_its_distance_leads_astray_too() -> None:
-    admission = Admission(CONFIG)
-    for name in ("ann", "bob", "ann", "bob"):
-        judge(admission, slow=math.inf, peer=PeerId(name))
+def test_what_cannot_be_read_leads_astray_only_after_the_window_has_had_time_to_widen() -> None:
+    admission = with_company("ann", "bob")
+    for meeting in range(16):
+        assert not admission.is_astray, meeting
+        verdict = judge(admission, slow=math.inf, peer=PeerId("ann" if meeting % 2 else "bob"))
+        assert verdict.kind == "refused"
     assert admission.is_astray
     admission.start_anew()
     assert not admission.is_astray
+
+
+def test_one_readable_partner_ends_the_doubt() -> None:
+    admission = Admission(CONFIG)
+    for _ in range(4):
+        for name in ("ann", "bob", "ann", "bob"):
+            judge(admission, slow=math.inf, peer=PeerId(name))
+        judge(admission, slow=0.5, peer=PeerId("cyd"))
+    assert not admission.is_astray
+
+
+def test_what_cannot_be_read_says_nothing_about_who_is_near() -> None:
+    """Neither does it make a far partner more credible, nor is it held against the one that sent it."""
+    admission = with_company("bob", "cyd")
+    before = admission.state_dict()
+    for name in ("bob", "cyd", "dan", "eve"):
+        judge(admission, slow=math.inf, peer=PeerId(name))
+    assert admission.state_dict() == before
+    assert judge(admission, slow=20.0).kind == "refused", "most of the others are near, as before"
+    assert judge(admission, slow=0.5, peer=PeerId("dan")).kind == "averaged"
 
 
 def test_an_attacker_at_the_limit_can_not_raise_the_threshold_without_end() -> None:

@@ -1,8 +1,9 @@
-"""The compiled route of pair averaging does what the tiled one does."""
+"""The compiled route does what the tiled one does."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,10 +31,17 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averaging.fused, "compiled_version", lambda function: function)
 
 
+PAIR = OuterConfig(algorithm="pair-average")
+THETA = OuterConfig(algorithm="noloco", theta_only=True, alpha=0.5, beta=0.7, gamma=0.7)
+
+
 def config(codec: str, *, compiled: bool, **more: object) -> ReplicaConfig:
-    defaults: dict[str, object] = {"admission": AdmissionConfig(newcomer_weight=1.0), "slow_codec": codec}
-    outer = OuterConfig(algorithm="pair-average")
-    return ReplicaConfig(outer=outer, compiled=compiled, **(defaults | more))  # type: ignore[arg-type]
+    defaults: dict[str, object] = {
+        "admission": AdmissionConfig(newcomer_weight=1.0),
+        "slow_codec": codec,
+        "outer": PAIR,
+    }
+    return ReplicaConfig(compiled=compiled, **(defaults | more))  # type: ignore[arg-type]
 
 
 def received(update: Update, name: str) -> RemoteUpdate:
@@ -57,7 +65,8 @@ def trained(
         for index, replica in enumerate(replicas):
             if late_steps:
                 replica.theta.add_(torch.randn(numel, generator=random), alpha=1e-5)
-            outcomes.append(replica.apply([each for each in sent if each.peer != str(index)]))
+            others = [each for each in sent if each.peer != str(index)]
+            outcomes.append(replica.apply(others, steps_since_pack=int(late_steps)))
     return replicas, outcomes
 
 
@@ -69,12 +78,13 @@ def differ_by(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize(
     "more", [{}, {"late_steps": True}, {"members": 3}, {"fragments": 2}, {"fragments": 2, "blend": 0.5}], ids=str
 )
+@pytest.mark.parametrize("outer", [PAIR, THETA, replace(THETA, staleness_penalty=0.6)], ids=["pair", "theta", "late"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_both_routes_agree(codec: str, more: dict[str, object]) -> None:
-    tiled, expected = trained(codec, compiled=False, **more)  # type: ignore[arg-type]
-    fused, found = trained(codec, compiled=True, **more)  # type: ignore[arg-type]
-    # A value between two lattice points may fall on either side.
-    tolerance = 3e-4 if codec == "lattice" else 1e-6
+def test_both_routes_agree(codec: str, outer: OuterConfig, more: dict[str, object]) -> None:
+    tiled, expected = trained(codec, compiled=False, outer=outer, **more)  # type: ignore[arg-type]
+    fused, found = trained(codec, compiled=True, outer=outer, **more)  # type: ignore[arg-type]
+    # Where a lattice step differs in its last bit, all values of the block are rounded anew; they moved by 1e-2.
+    tolerance = 1e-3 if codec == "lattice" else 1e-6
     for mine, theirs in zip(fused, tiled, strict=True):
         assert differ_by(mine.theta, theirs.theta) < tolerance
     for outcome, other in zip(found, expected, strict=True):
@@ -101,7 +111,7 @@ def test_a_fused_and_a_tiled_replica_end_with_the_same_weights(codec: str) -> No
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_alone_nothing_changes() -> None:
+def test_alone_a_pair_averaging_replica_does_not_change() -> None:
     replica = Replica(torch.randn(NUMEL), config("q8", compiled=True))
     replica.theta.add_(1e-3)
     expected = replica.theta.clone()
@@ -113,9 +123,24 @@ def test_alone_nothing_changes() -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
+def test_alone_momentum_goes_on() -> None:
+    tiled, fused = (
+        Replica(torch.zeros(NUMEL), config("q8", compiled=compiled, outer=THETA)) for compiled in (False, True)
+    )
+    for round in range(3):
+        for replica in (tiled, fused):
+            replica.theta.add_(torch.linspace(-1, 1, NUMEL))
+            replica.pack(round=round, tokens=1)
+            assert replica.apply([]).kind == "solo"
+    assert float(fused.momentum.norm()) > 1.0
+    assert torch.allclose(fused.theta, tiled.theta, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("outer", [PAIR, THETA], ids=["pair", "theta"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-def test_a_diverged_round_leaves_the_slow_weights(bad: float) -> None:
-    replica = Replica(torch.randn(NUMEL), config("lattice", compiled=True))
+def test_a_diverged_round_leaves_the_slow_weights(bad: float, outer: OuterConfig) -> None:
+    replica = Replica(torch.randn(NUMEL), config("lattice", compiled=True, outer=outer))
     phi = replica.phi.clone()
     replica.theta[-1] = bad
     with pytest.raises(FloatingPointError):
@@ -145,11 +170,12 @@ def test_equal_replicas_are_not_moved_and_a_block_of_nan_pulls_nobody(codec: str
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")  # torch.compile's own deprecations
+@pytest.mark.parametrize("outer", [PAIR, THETA], ids=["pair", "theta"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_compiled_code_agrees(codec: str) -> None:
+def test_compiled_code_agrees(codec: str, outer: OuterConfig) -> None:
     if not compiler_works():
         pytest.skip("no C++ compiler")
-    tiled, _ = trained(codec, compiled=False)
-    fused, _ = trained(codec, compiled=True)
+    tiled, _ = trained(codec, compiled=False, outer=outer)
+    fused, _ = trained(codec, compiled=True, outer=outer)
     for mine, theirs in zip(fused, tiled, strict=True):
-        assert differ_by(mine.theta, theirs.theta) < (3e-4 if codec == "lattice" else 1e-6)
+        assert differ_by(mine.theta, theirs.theta) < (1e-3 if codec == "lattice" else 1e-6)

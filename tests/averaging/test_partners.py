@@ -60,6 +60,15 @@ def test_a_partner_that_is_mostly_unreadable_is_refused() -> None:
     assert most.reason == "replicas are too far apart for the lattice codec"
 
 
+def test_values_that_overflow_are_not_taken_for_unreadable() -> None:
+    admission = Admission(AdmissionConfig())
+    for _ in range(100):
+        for name in "abc":
+            verdict = measured(1e30, num_unreadable=0).judge(PeerId(name), own=1.0, admission=admission)
+            assert verdict.kind == "refused"
+    assert not admission.is_astray
+
+
 def test_a_norm_shows_what_is_not_finite() -> None:
     norm = TileNorm()
     assert norm.total() == 0.0

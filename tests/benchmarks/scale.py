@@ -2,16 +2,18 @@
 
     python -m tests.benchmarks.scale [--json] [--quick]
 
-round_time  All peers end a round at the same moment and look for partners. Their times, in units of the mean latency t, stand
-            beside a tree all-reduce with the same log-normal latency per message (std/mean 0 to 2):
-            `tree`: binary tree, up and down, a parent waits for both children; Monte Carlo, time until the last peer has it.
-            `pair_bare`: two peers, one message each way, twice (reduce and broadcast), the slower counts: the model of the NoLoCo
-            paper (arXiv 2506.10911), whose closed form 2t·(1 + erf(σ/2)) is `pair_formula`. `pair_one_message`: once.
-            `pair_real`: this project's exchange: search, opening a stream, proposal, answer, offers, payloads, receipts.
-loss        Replica spread by round when 0, 10 and 30 % of the exchanges are lost.
-growth      Messages and look-ups per peer and round as the swarm grows.
+round_time      All peers end a round at the same moment and look for partners. Seconds, by std/mean of the latency per message
+                (log-normal, mean LATENCY_S) and number of peers:
+                `pair_s`, `pair_p95_s`: this project's exchange: search, stream, proposal, answer, offers, payloads, receipts.
+                `tree_s`: binary tree, up and down, a parent waits for both children; Monte Carlo, time until the last peer has it.
+                `bare_pair_s`: two peers, one message each way, twice (reduce and broadcast), the slower counts: the model of the
+                NoLoCo paper (arXiv 2506.10911), whose closed form 2t·(1 + erf(σ/2)) is `paper_pair_s`.
+tree_over_pair  Times of the tree over those of the bare and of the real pair.
+averaged_share  Share of the real exchanges that averaged, for the same swarms.
+spread          Replica spread by round when 0, 10 and 30 % of the exchanges are lost.
+messages        Messages, look-ups and bytes per peer and round as the swarm grows.
 
-`--quick` takes small swarms only. The whole takes some minutes on one core.
+`--quick` takes small swarms only. The whole takes less than eight minutes on one core, most of it for the largest swarm.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +31,13 @@ from numpy.typing import NDArray
 from node.scenario import Scenario
 from node.simulate import simulate
 
-__all__ = ["growth", "losses", "main", "pair_times", "round_times", "tree_time"]
+__all__ = ["exchange_times", "main", "measure", "messages_per_round", "pair_times", "spread_by_loss", "tree_time"]
 
 LATENCY_S = 0.05
 RATIOS = (0.0, 0.5, 1.0, 2.0)
+LOSSES = (0.0, 0.1, 0.3)
 SIZES = (16, 64, 256, 1024, 4096)
-MIN_PEERS_SAMPLED = 256
+MIN_PEERS_SAMPLED = 128
 """Small swarms are simulated with several seeds, until so many peers have exchanged."""
 MONTE_CARLO_TRIALS = 300
 
@@ -63,122 +67,84 @@ def pair_times(ratio: float, *, trials: int = 200_000) -> dict[str, float]:
     """Mean times of a bare pair, in units of the mean latency."""
     both = draw(np.random.default_rng(1), (trials, 2), ratio).max(axis=1)
     sigma = math.sqrt(math.log1p(ratio * ratio))
-    return {
-        "pair_bare": 2.0 * float(both.mean()),
-        "pair_formula": 2.0 * (1.0 + math.erf(sigma / 2.0)),
-        "pair_one_message": float(both.mean()),
-    }
+    return {"bare_pair": 2.0 * float(both.mean()), "paper_pair": 2.0 * (1.0 + math.erf(sigma / 2.0))}
 
 
-def round_times(
-    sizes: tuple[int, ...], ratios: tuple[float, ...], *, min_sampled: int = MIN_PEERS_SAMPLED
-) -> list[dict[str, Any]]:
-    """One row per swarm size and spread of the latency; small swarms are simulated until `min_sampled` peers have exchanged."""
-    rows = []
+def measure(
+    sizes: Sequence[int] = SIZES,
+    ratios: Sequence[float] = RATIOS,
+    losses: Sequence[float] = LOSSES,
+    *,
+    loss_peers: int = 64,
+    loss_rounds: int = 16,
+) -> dict[str, Any]:
+    """The whole result but its own cost; numbers of peers and shares are keys, as text."""
+    result: dict[str, Any] = {"latency_s": LATENCY_S, "round_time": {}, "tree_over_pair": {}, "averaged_share": {}}
     for ratio in ratios:
-        bare = pair_times(ratio)
-        for num_peers in sizes:
-            real = _real_exchanges(num_peers, ratio, num_seeds=max(1, min_sampled // num_peers))
-            tree = tree_time(num_peers, ratio)
-            rows.append(
-                {
-                    "peers": num_peers,
-                    "latency_std_over_mean": ratio,
-                    "tree": tree,
-                    **bare,
-                    "pair_real": real["latencies"],
-                    "real_success_share": real["success_share"],
-                    "tree_over_bare": tree / bare["pair_bare"],
-                    "tree_over_real": tree / real["latencies"]["mean"],
-                }
-            )
-            print(
-                f"{num_peers:5d} peers, std/mean {ratio:3.1f}: tree {tree:6.1f} t, bare pair {bare['pair_bare']:4.2f} t "
-                f"(ratio {tree / bare['pair_bare']:4.1f}), real exchange mean {real['latencies']['mean']:5.1f} t, "
-                f"p50 {real['latencies']['p50']:5.1f} t, p95 {real['latencies']['p95']:5.1f} t",
-                flush=True,
-            )
-    return rows
+        for parts, num_peers in ((exchange_times(num_peers, ratio), num_peers) for num_peers in sizes):
+            for part, row in parts.items():
+                result[part].setdefault(str(ratio), {})[str(num_peers)] = row
+    result["spread_peers"] = loss_peers
+    result["spread"] = {str(loss): spread_by_loss(loss_peers, loss_rounds, loss) for loss in losses}
+    result["messages"] = {str(num_peers): messages_per_round(num_peers) for num_peers in sizes}
+    return result
 
 
-def _real_exchanges(num_peers: int, ratio: float, *, num_seeds: int) -> dict[str, Any]:
-    """Times of simultaneous exchanges in units of the mean latency."""
+def exchange_times(num_peers: int, ratio: float, *, min_sampled: int = MIN_PEERS_SAMPLED) -> dict[str, Any]:
+    """Entries of `round_time`, `tree_over_pair` and `averaged_share`; small swarms are simulated until so many peers exchanged."""
     results = [
         _simulated(
-            num_peers,
-            rounds=1,
-            seed=seed,
+            {"peers": num_peers, "rounds": 1, "seed": seed, "heartbeat_s": 30.0},
             links={"latency_message_ratio": ratio, "bytes_per_s": 1e9},
             sync={"inner_steps": 1},
         )
-        for seed in range(num_seeds)
+        for seed in range(max(1, min_sampled // num_peers))
     ]
-    names = ("mean", "p50", "p95", "max")
+    pair_s, pair_p95_s = (float(np.mean([r["exchange_s"][name] for r in results])) for name in ("mean", "p95"))
+    tree_s = LATENCY_S * tree_time(num_peers, ratio)
+    models = {f"{name}_s": LATENCY_S * value for name, value in pair_times(ratio).items()}
+    over = {"bare_pair": tree_s / models["bare_pair_s"], "pair": tree_s / pair_s}
+    print(
+        f"{num_peers:5d} peers, std/mean {ratio:3.1f}: tree {tree_s:6.3f} s, bare pair {models['bare_pair_s']:5.3f} s "
+        f"({over['bare_pair']:4.1f} times), real exchange {pair_s:5.3f} s, of 95 % {pair_p95_s:5.3f} s",
+        flush=True,
+    )
     return {
-        "latencies": {
-            name: float(np.mean([result["exchange_s"][name] for result in results])) / LATENCY_S for name in names
-        },
-        "success_share": float(np.mean([result["success_share"] for result in results])),
+        "round_time": {"pair_s": pair_s, "pair_p95_s": pair_p95_s, "tree_s": tree_s, **models},
+        "tree_over_pair": over,
+        "averaged_share": float(np.mean([result["success_share"] for result in results])),
     }
 
 
-def losses(num_peers: int, rounds: int, shares: tuple[float, ...] = (0.0, 0.1, 0.3)) -> list[dict[str, Any]]:
-    """Replica spread by round, one row per share of exchanges that are lost."""
-    rows = []
-    for share in shares:
-        result = _simulated(num_peers, rounds=rounds, links={"exchange_loss": share})
-        total = sum(result["exchanges"].values())
-        rows.append(
-            {
-                "loss": share,
-                "measured_loss": result["exchanges"].get("lost", 0) / total,
-                "success_share": result["success_share"],
-                "spread": result["by_round"]["spread"],
-                "replica_loss": result["by_round"]["replica_loss"],
-            }
-        )
-        print(
-            f"{100 * share:2.0f} % lost: spread {result['by_round']['spread'][-1]:.4f} after {rounds} rounds, "
-            f"{100 * result['success_share']:.1f} % of exchanges averaged",
-            flush=True,
-        )
-    return rows
+def spread_by_loss(num_peers: int, rounds: int, loss: float) -> list[float]:
+    """Replica spread by round when this share of exchanges is lost."""
+    result = _simulated({"peers": num_peers, "rounds": rounds}, links={"exchange_loss": loss})
+    spread: list[float] = result["by_round"]["spread"]
+    share = result["exchanges"].get("lost", 0) / sum(result["exchanges"].values())
+    print(
+        f"{100 * share:.0f} % lost of {100 * loss:.0f} % asked for: spread {spread[-1]:.4f} after {rounds} rounds, "
+        f"{100 * result['success_share']:.1f} % of exchanges averaged",
+        flush=True,
+    )
+    return spread
 
 
-def growth(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Traffic per peer and round, one row per swarm size."""
-    rows = []
-    for num_peers in sizes:
-        result = _simulated(num_peers, rounds=2)
-        each = result["per_peer_and_round"]
-        rows.append(
-            {
-                "peers": num_peers,
-                **each,
-                "success_share": result["success_share"],
-                "exchange_s": result["exchange_s"],
-                "round_s": result["round_s"],
-            }
-        )
-        print(
-            f"{num_peers:5d} peers, per peer and round: {each['messages']:.1f} messages, {each['dht_gets']:.1f} reads, "
-            f"{each['dht_stores']:.1f} stores, {each['dht_hops']:.1f} hops, {each['sent_bytes']:.0f} bytes; "
-            f"{100 * result['success_share']:.1f} % averaged",
-            flush=True,
-        )
-    return rows
+def messages_per_round(num_peers: int) -> dict[str, float]:
+    """Traffic per peer and round."""
+    each: dict[str, float] = _simulated({"peers": num_peers, "rounds": 2})["per_peer_and_round"]
+    print(
+        f"{num_peers:5d} peers, per peer and round: {each['messages']:.1f} messages, {each['dht_gets']:.1f} reads, "
+        f"{each['dht_stores']:.1f} stores, {each['dht_hops']:.1f} hops, {each['sent_bytes']:.0f} bytes",
+        flush=True,
+    )
+    return each
 
 
 def _simulated(
-    num_peers: int,
-    *,
-    rounds: int,
-    seed: int = 0,
-    links: dict[str, float] | None = None,
-    sync: dict[str, Any] | None = None,
+    swarm: dict[str, Any], *, links: dict[str, float] | None = None, sync: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     scenario = {
-        "swarm": {"peers": num_peers, "rounds": rounds, "parameters": 64, "seed": seed, "heartbeat_s": 10.0},
+        "swarm": {"parameters": 64, "heartbeat_s": 10.0, **swarm},
         "links": {"latency_s": LATENCY_S, **(links or {})},
         "sync": {"inner_steps": 20, "round_target_s": 20.0, **(sync or {})},
     }
@@ -191,15 +157,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--quick", action="store_true", help="small swarms only")
     arguments = parser.parse_args()
-    sizes = SIZES[:2] if arguments.quick else SIZES
-    began_s = time.perf_counter(), time.process_time()
-    result = {
-        "round_time": round_times(sizes, RATIOS[::3] if arguments.quick else RATIOS),
-        "loss": losses(32, 5) if arguments.quick else losses(64, 16),
-        "growth": growth(sizes),
-        "wall_s": time.perf_counter() - began_s[0],
-        "cpu_s": time.process_time() - began_s[1],
-    }
+    began_s, began_cpu_s = time.perf_counter(), time.process_time()
+    result = measure(SIZES[:2], RATIOS[::3], loss_peers=32, loss_rounds=5) if arguments.quick else measure()
+    result |= {"wall_s": time.perf_counter() - began_s, "cpu_s": time.process_time() - began_cpu_s}
     print(f"{result['wall_s']:.0f} s, of which {result['cpu_s']:.0f} s on the processor")
     if arguments.json:
         print(json.dumps(result))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from averaging.consolidation import Consolidation
+from averaging.replica import Replica
+from averaging.update import Update
 from model.checkpoint import load_newest
+from node import consolidation
 from node.simulated import run_swarm
+from protocol.memory import LinkSpec
 from protocol.virtual_time import run_virtual
 from tests.node.memory_swarm import MemorySwarm, phi
 from tests.node.runs import tiny_run
@@ -30,7 +37,7 @@ def tiny_swarm(folder: Path, **settings: object) -> MemorySwarm:
     return MemorySwarm(signed, store, folder)
 
 
-@pytest.mark.parametrize("num_peers", [2, 5, 8])
+@pytest.mark.parametrize("num_peers", [2, 3, 4, 7])
 def test_all_peers_end_with_one_model(tmp_path: Path, num_peers: int) -> None:
     signed, store = tiny_run(tmp_path, sync__total_rounds=3)
     peers, summaries = run_virtual(run_swarm(signed, store, num_peers, seed=0))
@@ -46,6 +53,82 @@ def test_all_peers_end_with_one_model(tmp_path: Path, num_peers: int) -> None:
     assert {round(summary.val_loss_end or 0.0, 3) for summary in summaries} == {
         round(summaries[0].val_loss_end or 0, 3)
     }
+
+
+@pytest.mark.parametrize("num_peers", [3, 4, 7])
+def test_a_lossy_codec_of_the_run_leaves_time_for_whole_weights(tmp_path: Path, num_peers: int) -> None:
+    """The final averaging sends fp32, eight times what the run's exchanges do, for which its deadline was chosen."""
+    settings = {"sync__algorithm": "pair-average", "sync__slow_codec": "lattice", "sync__exchange_timeout_s": 3.0}
+    swarm = tiny_swarm(tmp_path, **settings)
+    swarm.network.default_link = LinkSpec(latency_s=0.01, bytes_per_s=2e4)
+    names = "abcdefg"[:num_peers]
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in names:
+                tasks.create_task(swarm.live(name))
+
+    run_virtual(story())
+    assert apart(phi(peer) for peer in swarm.peers.values()) < TOLERANCE
+    assert all(end.consolidated is not None and end.consolidated.agreed for end in swarm.summaries.values())
+
+
+@pytest.mark.parametrize("attack", [math.nan, 1e20, 100.0, -1.0])
+def test_one_liar_of_four_keeps_nobody_apart_and_gains_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: float
+) -> None:
+    swarm = tiny_swarm(tmp_path)
+    before: list[torch.Tensor] = []
+
+    class Liar(Consolidation):
+        def pack(self, round: int) -> Update:
+            update = super().pack(round)
+            lie = torch.frombuffer(bytearray(update.slow), dtype=torch.float32) * attack
+            return replace(update, slow=memoryview(bytearray(lie.numpy().tobytes())))
+
+    def make(replica: Replica, *, tolerance: float) -> Consolidation:
+        liar = swarm.peers["liar"].trainer
+        kind = Liar if liar is not None and replica is liar.replica else Consolidation
+        return kind(replica, tolerance=tolerance)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in (*NAMES[:3], "liar"):
+                tasks.create_task(swarm.live(name))
+            for name in NAMES[:3]:
+                await swarm.until(name, "consolidating")
+                before.append(phi(swarm.peers[name]))
+
+    monkeypatch.setattr(consolidation, "Consolidation", make)
+    run_virtual(story())
+    honest = [phi(swarm.peers[name]) for name in NAMES[:3]]
+    start = torch.stack(before)
+    spread = (start - start.mean(0)).norm(dim=1).max()
+    assert apart(honest) < TOLERANCE
+    assert (torch.stack(honest).mean(0) - start.mean(0)).norm() < spread
+    ends = [swarm.summaries[name].consolidated for name in NAMES[:3]]
+    assert all(end is not None and end.agreed for end in ends)
+
+
+def test_one_that_comes_after_the_others_have_left_does_not_claim_to_hold_their_model(tmp_path: Path) -> None:
+    swarm = tiny_swarm(tmp_path, sync__total_rounds=6)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(swarm.live("late"))
+            tasks.create_task(swarm.live("other"))
+            async with asyncio.timeout(60):
+                await swarm.until("late", "exchange")
+                while swarm.peers["late"].progress.exchanges_ok == 0:  # noqa: ASYNC110  # virtual time
+                    await asyncio.sleep(0.1)
+            swarm.peers["other"].stop()
+
+    run_virtual(story())
+    assert swarm.summaries["late"].finished
+    end = swarm.summaries["late"].consolidated
+    assert end is not None
+    assert (end.meetings, end.agreed) == (0, False)
+    assert [fields["agreed"] for fields in swarm.named("late", "consolidated")] == [False]
 
 
 def test_without_it_they_would_end_apart(tmp_path: Path) -> None:

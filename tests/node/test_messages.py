@@ -128,7 +128,7 @@ def test_the_end_of_a_run_in_words() -> None:
     meeting = describe("consolidation", fields)
     assert meeting is not None
     assert meeting.text.startswith("Final averaging: averaged with")
-    for agreed, words in [(True, "All peers hold one model"), (False, "Stopped averaging before")]:
+    for agreed, words in [(True, "All peers hold one model"), (False, "The final averaging ended before")]:
         end = describe("consolidated", {"agreed": agreed, "meetings": 7, "distance": 0.00023, "loss": 3.25})
         assert end is not None
         assert end.text.startswith(words)

@@ -61,6 +61,7 @@ def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
         (SMALL + '"a\\nb" = 1\n', "unknown key"),
         ("[swarm]\npeers = 4.5\nrounds = 2\n", "swarm.peers"),
         ("[swarm]\npeers = 99999999\nrounds = 2\n", "less than or equal to 16384; change it"),
+        ("[swarm]\npeers = 4096\nrounds = 2\nparameters = 1000000\n", "than fits in memory; lower one of them"),
         (SMALL + "[links]\nlatency_s = inf\n", "links.latency_s"),
         (SMALL + "[links]\nexchange_loss = 1.5\n", "links.exchange_loss"),
         (SMALL + "[sync]\nalpha = 0.9\n", "replicas would drift apart"),
@@ -70,6 +71,12 @@ def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
 )
 def test_bad_scenarios_are_refused_in_one_line(tmp_path: Path, text: str, telling: str) -> None:
     assert telling in refusal(tmp_path, text)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    """Editors and spreadsheets on Windows write one."""
+    assert load_scenario(write(tmp_path, "\ufeff" + SMALL)).swarm.peers == 4
+    assert read_matrix(write(tmp_path, "\ufefffrom,to,latency_ms,mbit_per_s\na,b,10,8\n", "m"))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -157,3 +157,17 @@ class TestQuadratic:
         Quadratic(config, 3).train(theta, 1000)
         assert loss_of(theta, config) == pytest.approx(0.5 * 0.3**2, rel=0.05)
         assert loss_of(common_optimum(config), config) == 0.0
+
+
+def test_peers_leave_at_the_rate_asked_for_however_long_a_goodbye_takes() -> None:
+    links = {"latency_s": 1.0}
+    result = simulate(scenario(24, 40, links=links, churn={"leaves_per_hour": 1000.0}))
+    assert result["population"]["left"] == 24, "nobody twice"
+    assert result["virtual_s"] < 41.0 + 30.0, "3.6 s each on average, not one goodbye after the other"
+
+
+def test_a_swarm_that_ends_before_its_first_round_is_reported() -> None:
+    result = simulate(scenario(3, 40, churn={"crashes_per_hour": 1000.0}))
+    assert result["population"]["crashed"] == 3
+    assert result["success_share"] == 0.0
+    json.dumps(result, allow_nan=False)

@@ -74,9 +74,11 @@ def test_without_matplotlib_plots_are_refused_at_once_and_tables_work(
 
 def test_an_impossible_folder_is_refused_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("simulated before it could write"))
-    result = invoke(path, "--out", path / "below a file")
-    assert isinstance(result.exception, UserError)
-    assert "choose another folder" in str(result.exception)
+    (path.parent / "taken" / "result.json").mkdir(parents=True)
+    for folder in (path / "below a file", path.parent / "taken"):
+        result = invoke(path, "--out", folder)
+        assert isinstance(result.exception, UserError)
+        assert "choose another folder" in str(result.exception)
 
 
 def test_a_bad_scenario_is_one_line(tmp_path: Path) -> None:

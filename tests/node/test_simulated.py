@@ -93,7 +93,7 @@ def test_a_crash_costs_the_others_nothing_but_the_partner(tmp_path: Path) -> Non
     assert swarm.summaries["a"].exchanges_ok >= 2
 
 
-@pytest.mark.parametrize("step_s", [0.9, 0.06], ids=["a slow one", "a fast one"])
+@pytest.mark.parametrize("step_s", [0.9, 0.1], ids=["a slow one", "a fast one"])
 def test_a_peer_of_another_speed_stays_with_the_swarm(tmp_path: Path, step_s: float) -> None:
     signed, store = tiny_run(tmp_path, sync__total_rounds=0, sync__inner_steps=10, sync__exchange_timeout_s=6.0)
     swarm = MemorySwarm(signed, store, tmp_path)
@@ -103,7 +103,7 @@ def test_a_peer_of_another_speed_stays_with_the_swarm(tmp_path: Path, step_s: fl
             for name in ("a", "b", "c"):
                 tasks.create_task(swarm.live(name))
             tasks.create_task(swarm.live("other", step_s=step_s))
-            await asyncio.sleep(60)
+            await asyncio.sleep(30)
             for peer in swarm.peers.values():
                 peer.stop()
 
