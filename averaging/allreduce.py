@@ -6,6 +6,10 @@ most its own part, where our own Δ stands in. Broken rules are counted in `viol
 
 Between rounds, members that are ahead are held at the door, at most one stream each; who is behind is told so.
 
+What encoding lost of our last mean is carried into the next one, in memory only; a checkpoint does without. A restart loses one
+round's rounding error of one part, half a code's step per element at most, once: as much as a round of a codec without feedback
+loses every time. To keep it would cost a checkpoint a vector whose place depends on the group of that round.
+
 Why not all-reduce over a ring: with one broken link it stalls everybody, and every member would forward sums that nobody can check.
 Here every number has one author, who signs it.
 """

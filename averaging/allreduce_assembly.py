@@ -29,11 +29,13 @@ __all__ = ["PROTOCOL", "AbsentError", "Assembly", "Caller", "GroupContext", "Lin
 
 PROTOCOL = "/llm-node/allreduce/1"
 
-_GATHER_SHARE = 0.4
-"""Share of the time to the deadline for which we wait for members."""
+_GATHER_SHARE = 0.5
+"""Share of the time to the deadline for which we wait for members, who may end their rounds most of a round after us."""
 _BALLOT_SHARE = 0.05
 """The same for one ballot."""
 _KNOCK_AFTER_S = 1.0
+_DIAL_AGAIN_AFTER_S = 0.5
+"""Who has just begun may not take this kind of stream yet, and a dial may fail by chance: that should not cost a round."""
 
 
 class AbsentError(TransportError):
@@ -174,7 +176,7 @@ class Assembly:
             ProtocolError: its Hello breaks a rule.
         """
         if self._me < peer:
-            async with await self._context.transport.open(peer, PROTOCOL) as stream:
+            async with await self._dial(peer) as stream:
                 await write_message(stream, self.own_hello)
                 yield self._linked(stream, await read_message(stream, Hello))
             return
@@ -255,6 +257,14 @@ class Assembly:
             if peer not in self.links:
                 reason = "unreachable" if peer in self._unreachable else "did not come in time"
                 self.missing.setdefault(peer, reason)
+
+    async def _dial(self, peer: PeerId) -> Stream:
+        """Open a stream, at the second attempt if need be."""
+        try:
+            return await self._context.transport.open(peer, PROTOCOL)
+        except TransportError:
+            await asyncio.sleep(_DIAL_AGAIN_AFTER_S)
+            return await self._context.transport.open(peer, PROTOCOL)
 
     async def _called(self, peer: PeerId) -> Caller:
         call = self._calls[peer]

@@ -16,9 +16,9 @@ from protocol.errors import ProtocolError
 from protocol.identity import Identity, verify
 from protocol.ids import PeerId, RunId
 
-__all__ = ["Ledger"]
+__all__ = ["MEAN_DOMAIN", "Ledger"]
 
-_MEAN_DOMAIN = "allreduce-mean"
+MEAN_DOMAIN = "allreduce-mean"
 
 
 class Ledger:
@@ -52,7 +52,7 @@ class Ledger:
             digest=digest,
             signature=bytes(64),
         )
-        signature = self._identity.sign(_MEAN_DOMAIN, unsigned.statement())
+        signature = self._identity.sign(MEAN_DOMAIN, unsigned.statement())
         self._means[self.own_part] = unsigned.model_copy(update={"signature": signature})
         self.hold(self.own_part)
         return self._means[self.own_part]
@@ -71,7 +71,7 @@ class Ledger:
         if self._means.get(mean.part) == mean:
             return  # checked before; in an echo nearly all are
         owner = self._roster[mean.part]
-        if not verify(owner, _MEAN_DOMAIN, mean.statement(), mean.signature):
+        if not verify(owner, MEAN_DOMAIN, mean.statement(), mean.signature):
             raise ProtocolError("forged mean", peer=teller)
         known = self._means.setdefault(mean.part, mean)
         if known.statement() != mean.statement() and mean.part not in self._spoilt:
@@ -123,6 +123,11 @@ class Ledger:
     def holds(self, part: int) -> bool:
         """Whether the bytes of the part's mean are here."""
         return part in self._held
+
+    @property
+    def others(self) -> Roster:
+        """The group without us."""
+        return tuple(peer for peer in self._roster if peer != self._identity.peer_id)
 
     @property
     def is_complete(self) -> bool:

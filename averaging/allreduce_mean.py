@@ -33,7 +33,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class GroupLimits:
-    """Bounds on what a member can do; the manifest's [safety] has fields of the same names.
+    """Bounds on what a member can do; a run's clip_factor is that of its manifest's [safety].
 
     Args:
         clip_factor: a member's part counts up to this many median norms.

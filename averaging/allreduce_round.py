@@ -39,6 +39,7 @@ class GroupResult:
         tokens: tokens behind it, as claimed, ours included.
         missing: candidates that are not in it, or were lost on the way, and why.
         own_parts: elements [start, stop) that hold our own Δ, and why; empty unless partial.
+        members: the others of the group that was agreed on, sorted; empty if there was none.
         seconds: how long it took.
     """
 
@@ -48,6 +49,7 @@ class GroupResult:
     tokens: int
     missing: Mapping[PeerId, str]
     own_parts: Mapping[tuple[int, int], str]
+    members: tuple[PeerId, ...]
     seconds: float
 
 
@@ -155,9 +157,11 @@ class Round:
 
     def _result(self, assembly: Assembly, transfer: Transfer | None) -> GroupResult:
         peers: tuple[PeerId, ...] = ()
+        members: tuple[PeerId, ...] = ()
         own_parts: dict[tuple[int, int], str] = {}
         if transfer is not None:
             peers = tuple(sorted(transfer.ledger.contributors() - {self._context.identity.peer_id}))
+            members = transfer.ledger.others
             own_parts = transfer.finish()
             if transfer.ledger.accepts(transfer.ledger.own_part):
                 self.carry = transfer.carry
@@ -172,5 +176,6 @@ class Round:
             tokens=self._update.tokens + sum(claims),
             missing=assembly.missing,
             own_parts={} if is_alone else own_parts,
+            members=members,
             seconds=asyncio.get_running_loop().time() - self._started_s,
         )

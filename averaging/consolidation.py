@@ -1,9 +1,10 @@
 """The end of a run: plain averaging without training, until the peers hold one model.
 
 Gossip leaves every replica a little different. After the last round each peer goes on meeting random partners and takes the mean
-of both weights, in fp32. The squared spread halves about once per round, so ⌈4·log2 N⌉ + 8 rounds bring a spread of a tenth
-below a thousandth. A peer has agreed when the last two meetings, with different partners, found the weights of both sides nearer
-than the tolerance before they were averaged.
+of both weights, in fp32. The squared spread halves about once per round, so 15 rounds bring a spread of a tenth below half a
+thousandth; ⌈6·log2 N⌉ + 12 are allowed, since peers come late and meetings fail. A peer has agreed when the last two meetings,
+with different partners, found the weights of both sides nearer than half the tolerance before they were averaged: two peers
+that agree with a third are then within it themselves.
 
 Liars: without progress of our own, admission's bound would be zero, and the usual one, met at every meeting, would let a liar lead
 us anywhere. So the bound starts at the usual distance between replicas and shrinks by SHRINKAGE per meeting: more slowly than the
@@ -30,6 +31,8 @@ AGREEING_PARTNERS = 2
 """Different partners in a row that must be within the tolerance; one where there is only one."""
 FIRST_BOUND = 1.0
 """Admission's bound at the first meeting, in usual distances."""
+MARGIN = 0.5
+"""Share of the tolerance within which partners must be."""
 SHRINKAGE = 0.8
 """Factor on the bound per meeting; honest distances shrink by about 0.71."""
 _LEAST_NORM = 1e-30  # weights that are all zero have no relative distance
@@ -38,7 +41,7 @@ _LEAST_NORM = 1e-30  # weights that are all zero have no relative distance
 def num_rounds(num_peers: int) -> int:
     """Rounds after which `num_peers` peers stop, agreed or not. With an odd number each sits out one of `num_peers`."""
     num_peers = max(num_peers, 2)
-    rounds = 4 * math.log2(num_peers) + 8
+    rounds = 6 * math.log2(num_peers) + 12
     return math.ceil(rounds * num_peers / (num_peers - 1) if num_peers % 2 else rounds)
 
 
@@ -58,7 +61,7 @@ class Agreement:
     def met(self, partner: PeerId, distance: float) -> None:
         """A meeting found this distance."""
         self.distance = distance
-        if distance < self._tolerance:
+        if distance < MARGIN * self._tolerance:
             self._partners.add(partner)
         else:
             self._partners.clear()

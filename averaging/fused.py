@@ -98,17 +98,13 @@ class FusedPasses(Passes):
     def pack(self, round: int) -> float:
         if self._is_pair_average and not self._is_finite(round):
             return math.nan  # φ must stay as it was
-        norm = TileNorm()
+        norm, window = TileNorm(), self._payloads.window
+        drift = torch.zeros((), device=self._theta.device) if window is None else window.drift
         for piece in self._pieces(round):
             for part in self._parts(piece, [self._payloads.slow]):
                 pack = loops.pack if part.is_padded else compiled_version(loops.pack)
                 squares = pack(
-                    self._codec,
-                    part.vectors,
-                    part.fields[0],
-                    part.distance,
-                    part.numel,
-                    self._weights,
+                    self._codec, part.vectors, part.fields[0], part.distance, drift, part.numel, self._weights
                 )
                 norm.add_squares(squares)
         return norm.total()

@@ -27,7 +27,9 @@ BLOCK = 256
 QUANTIZED = {"q8": Q8, "q4": Q4}
 
 
-def pack(codec: str, vectors: Four, fields: Fields, distance: Tensor, numel: int, weights: Tensor) -> Tensor:
+def pack(
+    codec: str, vectors: Four, fields: Fields, distance: Tensor, drift: Tensor, numel: int, weights: Tensor
+) -> Tensor:
     """θ → fields; anchor, or φ if that is empty, ← θ; distance rises to what moved. Returns Σ Δ², [B]."""
     theta, phi, _, _ = vectors
     blocks = _blocks(theta, codec)
@@ -36,8 +38,7 @@ def pack(codec: str, vectors: Four, fields: Fields, distance: Tensor, numel: int
     if codec == "lattice":
         moved = torch.sqrt(squares / numel)[:, None]
         size = torch.sqrt(torch.sum(blocks * blocks, dim=1) / numel)[:, None]
-        # fmax: a diverged round must leave no NaN behind.
-        wanted = LatticeWindow.bounded(torch.fmax(distance, moved), torch.nan_to_num(size))
+        wanted = LatticeWindow.wanted(distance, moved=moved, size=torch.nan_to_num(size), drift=drift)
         distance.copy_(wanted)
         largest = torch.amax(torch.abs(blocks), dim=1, keepdim=True)
         steps, checksums, codes = fields

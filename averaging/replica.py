@@ -168,7 +168,7 @@ class Replica:
             delta_norm=self._delta_norm,
             shift_norm=(1.0 - self.config.blend) * shift,
             step_scale=scale,
-            unreadable_share=self._unreadable_share(found),
+            unreadable_share=self._unreadable_share(found, alone=not accepted),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -200,10 +200,12 @@ class Replica:
         self.residual.zero_()
         self._packed = None
 
-    def _unreadable_share(self, found: Collection[Measurement]) -> float:
-        """The share of blocks that could not be read; the window widens if that was most of them."""
-        if self._payloads.window is not None and any(measurement.is_too_far for measurement in found):
-            self._payloads.window.widen()
+    def _unreadable_share(self, found: Collection[Measurement], *, alone: bool) -> float:
+        """The share of blocks that could not be read; the lattice's window learns of it."""
+        if self._payloads.window is not None:
+            self._payloads.window.after_round(alone=alone)
+            if any(measurement.is_too_far for measurement in found):
+                self._payloads.window.widen()
         num_blocks = sum(measurement.num_blocks for measurement in found)
         return sum(measurement.num_unreadable for measurement in found) / max(num_blocks, 1)
 

@@ -1,8 +1,9 @@
 """How wide a window the lattice codec needs: wider than two replicas are apart, and no wider, since its 4 bits are spread over it.
 
 The codec's window is a multiple of the motion that it is given per element. Here that is an estimate, block by block, of how far
-partners are from us. It starts as what the block moved in a round, the larger of rms(Δ) and rms(δ), which is all that is known
-in the first round, and never goes below that. How far replicas are apart in such units depends on the run (common or private
+partners are from us. It starts as twice what the block moved in a round, the larger of rms(Δ) and rms(δ), which is all that is
+known in the first round (with once as much, a fifth of the blocks of replicas without common progress could not be read), and
+never goes below what it moved. How far replicas are apart in such units depends on the run (common or private
 progress, lost exchanges, a partition) and on the layer. A fixed multiple that is too small loses the partner for ever: blocks
 can not be read, so nothing pulls the replicas together, so they drift further apart (measured: at 5·rms(δ) all exchanges fail
 when half of the progress is private). So the estimate follows what was found:
@@ -10,6 +11,7 @@ when half of the progress is private). So the estimate follows what was found:
     could be read         d ← max(1.7·rms(theirs − ours), 0.8·d), at most 2·d
     could not be read     d ← max(2·theirs, 0.8·d), at most 2·d; `theirs` is the d that the partner's step tells
     hardly any block      d ← 2·d, everywhere
+    nobody to average with      d ← d + what the block moves in the next round
 
 That an update can not be read says that ITS window was too small, hence the second line. Doubling at most, and forgetting by 0.8,
 bounds what liars can do: below a quarter of the partners they can not hold the window open. d is kept between 2⁻¹² and 1 times
@@ -37,6 +39,7 @@ _LEVELS = 16
 _HEADROOM = 1.7
 _FORGETTING = 0.8
 _GROWTH = 2.0
+_FIRST = 2.0
 _SMALLEST = 2.0**-12
 
 
@@ -51,6 +54,8 @@ class LatticeWindow:
     def __init__(self, num_parameters: int, device: torch.device) -> None:
         self.distance = torch.zeros(-(-num_parameters // _BLOCK), device=device)
         """d, fp32 [blocks]; part of the replica's state."""
+        self.drift = torch.zeros((), device=device)
+        """1 after a round without a partner, else 0."""
 
     def motion(self, piece: Piece, x: Tensor, moved: tuple[Tensor, ...], *, out: Tensor) -> Tensor:
         """The motion to encode a piece with; d rises to what the piece moved.
@@ -61,9 +66,10 @@ class LatticeWindow:
             out: fp32 [n], written and returned.
         """
         distance, size = self._blocks(piece), torch.nan_to_num(_rms(x))
-        for vector in moved:
-            torch.fmax(distance, _rms(vector), out=distance)  # fmax: a diverged round must leave no NaN behind
-        distance.copy_(self.bounded(distance, size))
+        largest = _rms(moved[0])
+        for vector in moved[1:]:
+            largest = torch.fmax(largest, _rms(vector))
+        distance.copy_(self.wanted(distance, moved=largest, size=size, drift=self.drift))
         full = x.numel() // _BLOCK
         out[: full * _BLOCK].view(full, _BLOCK).copy_(distance[:full, None])
         if tail := x.numel() % _BLOCK:
@@ -92,9 +98,17 @@ class LatticeWindow:
         distance.copy_(torch.minimum(torch.fmax(found, _FORGETTING * distance), _GROWTH * distance))
 
     @staticmethod
-    def bounded(distance: Tensor, size: Tensor) -> Tensor:
-        """d between its bounds, given rms(x), fp32 [blocks] each."""
-        return torch.minimum(torch.maximum(distance, _SMALLEST * size), size)
+    def wanted(distance: Tensor, *, moved: Tensor, size: Tensor, drift: Tensor) -> Tensor:
+        """d for this round, given what the blocks moved and rms(x), fp32 [blocks] each, and the window's `drift`."""
+        # fmax: a diverged round must leave no NaN behind.
+        risen = torch.where(
+            distance > 0.0, torch.fmax(distance + drift * moved, moved), torch.nan_to_num(_FIRST * moved)
+        )
+        return torch.minimum(torch.maximum(risen, _SMALLEST * size), size)
+
+    def after_round(self, *, alone: bool) -> None:
+        """A round is over; `alone` says that nobody was averaged with."""
+        self.drift.fill_(float(alone))
 
     def widen(self) -> None:
         """A partner was too far to be read at all."""

@@ -74,9 +74,17 @@ def _outcome(fields: Fields) -> str:
         "clipped": f"averaged with {partner} in {fields['seconds']:.1f} s, its update clipped",
         "refused": f"refused the update of {partner}: it is out of bounds",
         "alone": "no partner was free",
-        "timeout": f"{partner or 'the partner'} did not finish in time; stepped alone",
-        "lost": f"{partner or 'the partner'} vanished; stepped alone",
+        "timeout": f"{partner or 'the partner'} did not finish in time; goes on without it",
+        "lost": f"{partner or 'the partner'} vanished; goes on without it",
     }[fields["outcome"]]
+
+
+def _group(fields: Fields) -> str:
+    if fields["outcome"] == "alone":
+        return f"Round {fields['round']}: no group came together; stepped alone"
+    missing = f"; {len(fields['missing'])} missing" if fields["missing"] else ""
+    partial = f"; {count(fields['own_numel'])} values are our own, their mean was lost" if fields["own_numel"] else ""
+    return f"Round {fields['round']}: mean of {fields['members']} peers in {fields['seconds']:.1f} s{missing}{partial}"
 
 
 def _shard_unavailable(fields: Fields) -> str:
@@ -139,6 +147,7 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     # rounds
     "validation": ("detail", "Round {round}: held-out loss {loss:.3f}"),
     "exchange": ("detail", _exchange),
+    "group_round": ("detail", _group),
     "round_skipped": ("detail", "Skips from round {own} to {swarm}, where the swarm is"),
     "snapshot_published": ("detail", "Published the state of round {round} for joiners"),
     "snapshot_kept": ("detail", "Keeps a copy of the state of round {round} for joiners"),

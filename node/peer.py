@@ -10,15 +10,16 @@ instead costs at most a round.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from averaging.averager import Averager
 from model.data import Tokens
 from model.tokenizer import Tokenizer
+from node.averaging_round import averagers_of
 from node.bench import choose_sequences, choose_threads, most_sequences
 from node.catchup import StateFetcher, find_start
 from node.checkpoints import Checkpoints
@@ -253,13 +254,7 @@ class Peer:
     # ---- training
 
     async def _train(self, trainer: Trainer, source: BatchSource, sequences: int, cursor: int | None) -> None:
-        averager = Averager(
-            transport=self._transport,
-            identity=self._identity,
-            run=self.manifest.run_id,
-            payload_bytes=trainer.replica.round_bytes,
-            max_lag_rounds=self.manifest.sync.max_lag_rounds,
-        )
+        averager, group = averagers_of(trainer, transport=self._transport, identity=self._identity)
         settings = RoundSettings(
             sequences=sequences,
             adapt=not self._options.sequences,
@@ -273,6 +268,7 @@ class Peer:
                 compute=self._compute,
                 source=source,
                 averager=averager,
+                group=group,
                 directory=self.service.directory,
                 progress=self.progress,
                 events=self._events,
@@ -287,7 +283,7 @@ class Peer:
             self._events.emit("training", round=trainer.round, step=trainer.step_in_round, sequences=sequences)
             self.service.on_heartbeat(self._keep_copies)
             try:
-                async with averager:
+                async with averager, group or contextlib.nullcontext():
                     await self.service.beat()  # others may choose this peer from now on
                     await loop.run()
                 await self._consolidate(trainer)

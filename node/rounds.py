@@ -16,10 +16,11 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from averaging.averager import Averager, ExchangeResult
-from averaging.replica import Outcome
+from averaging.allreduce import GroupAverager
+from averaging.averager import Averager
 from averaging.update import Update
 from model.batches import RoundBatches
+from node.averaging_round import averaging_rounds, group_summary
 from node.compute import Compute
 from node.dataset import BatchSource
 from node.evaluation import Evaluation
@@ -31,7 +32,7 @@ from node.trainer import StepStats, Trainer
 from protocol.directory import Directory
 from protocol.ids import PeerId
 from protocol.manifest import Manifest
-from protocol.records import ExchangeNote, PeerRecord
+from protocol.records import PeerRecord
 
 __all__ = ["RoundLoop", "RoundSettings", "sequences_for"]
 
@@ -64,6 +65,7 @@ class RoundLoop:
     """Trains until the run ends, `max_rounds` are done, or it is stopped.
 
     Args:
+        group: for runs that average by the group all-reduce.
         after_round: awaited with the number of each finished round (checkpoints, snapshots); it should return at once.
         announce: publishes this peer's record, so that others know its new round at once.
     """
@@ -76,6 +78,7 @@ class RoundLoop:
         compute: Compute,
         source: BatchSource,
         averager: Averager,
+        group: GroupAverager | None = None,
         directory: Directory,
         progress: Progress,
         events: EventLog,
@@ -84,7 +87,8 @@ class RoundLoop:
         announce: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._manifest, self._trainer, self._compute, self._source = manifest, trainer, compute, source
-        self._averager, self._directory, self._progress = averager, directory, progress
+        self._averaging = averaging_rounds(manifest, averager, group)
+        self._directory, self._progress = directory, progress
         self._events, self._settings = events, settings
         self._after_round, self._announce = after_round, announce
         self._clock = RoundClock(total_rounds=manifest.sync.total_rounds)
@@ -240,30 +244,19 @@ class RoundLoop:
         """Exchange with a partner, take the outer step, and measure where that leaves us."""
         deadline_s, finished = asyncio.get_running_loop().time() + limit_s, update.round
         await preparation.looked(timeout_s=limit_s)
-        results = await self._average(update, deadline_s)
-        outcome = await self._compute.run(self._trainer.apply, [r.remote for r in results if r.remote is not None])
-        for result in results:
-            self._note(result, outcome, finished)
+        # All of them: a record may be rounds old, and whom the round window leaves out is said in the exchange itself.
+        averaged = await self._averaging.average(update, candidates=list(self._trainers()), deadline_s=deadline_s)
+        outcome = await self._compute.run(self._trainer.apply, averaged.partners, averaged.group_mean)
+        for note in self._averaging.conclude(averaged, outcome, round=finished):
+            self._progress.count_exchange(note)
+            self._events.emit("exchange", **note.model_dump())
+        if averaged.group is not None:
+            self._events.emit("group_round", round=finished, **group_summary(averaged.group))
         loss = await evaluation.after_round(last=self._finished(self._manifest.sync.total_rounds))
         self._progress.count_validation(loss, finished + 1)
         share = round(self._progress.training_share or 0.0, 4)
         self._events.emit("validation", round=finished + 1, loss=round(loss, 4), training_share=share)
         await self._after_round(finished)
-
-    async def _average(self, update: Update, deadline_s: float) -> list[ExchangeResult]:
-        # All of them: a record may be rounds old, and whom the round window leaves out is said in the exchange itself.
-        candidates, group = list(self._trainers()), self._manifest.sync.group
-        if group == "none":
-            return []
-        if group == "all":
-            return await self._averager.exchange_all(update, candidates=candidates, deadline_s=deadline_s)
-        return [await self._averager.exchange(update, candidates=candidates, deadline_s=deadline_s)]
-
-    def _note(self, result: ExchangeResult, outcome: Outcome, finished: int) -> None:
-        kind = outcome.verdicts[result.remote.peer].kind if result.remote is not None else result.outcome
-        note = ExchangeNote(round=finished, partner=result.partner, outcome=kind, seconds=round(result.seconds, 3))
-        self._progress.count_exchange(note)
-        self._events.emit("exchange", **note.model_dump())
 
 
 def sequences_for(manifest: Manifest, *, now: int, round_s: float) -> int:

@@ -103,6 +103,7 @@ class Trainer:
                 admission=AdmissionConfig(**safety.model_dump()),
                 delta_codec=sync.delta_codec,
                 slow_codec=sync.slow_codec,
+                compiled=None,
                 error_decay=sync.error_decay,
                 fragments=sync.fragments,
                 blend=sync.blend,
@@ -166,9 +167,9 @@ class Trainer:
         self.flat.theta.copy_(self.replica.phi)
         self.optimizer = build_optimizer(self.model, self._inner)
 
-    def apply(self, partners: Sequence[RemoteUpdate]) -> Outcome:
-        """The outer step of the last closed round, alone when `partners` is empty."""
-        return self.replica.apply(partners, steps_since_pack=self.step_in_round)
+    def apply(self, partners: Sequence[RemoteUpdate], group_mean: memoryview | None = None) -> Outcome:
+        """The outer step of the last closed round, alone when `partners` is empty and there is no mean of a group."""
+        return self.replica.apply(partners, steps_since_pack=self.step_in_round, group_mean=group_mean)
 
     def evaluate(self, weights: Mapping[str, Tensor] | None = None) -> float:
         """Mean loss over the held-out set in nats per token, of the current weights or of others of the same shapes.

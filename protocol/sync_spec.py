@@ -2,8 +2,8 @@
 
 One code path runs all algorithms; they differ in these settings only. Some defaults depend on the algorithm (`_DEFAULTS`), so
 they are filled in before validation and stand in the canonical form like everything else: a later version with other
-defaults still sees a run as it was meant. Combinations under which replicas would drift apart, or that would do nothing,
-are errors here, before anything starts.
+defaults still sees a run as it was meant. The defaults are those that learnt best for their bytes (docs/benchmarks.md).
+Combinations under which replicas would drift apart, or that would do nothing, are errors here, before anything starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ FRAGMENT_BLOCK = 4096
 
 _DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "local": {"group": "none"},
-    "diloco": {"group": "all", "momentum": "nesterov", "alpha": 0.9},
+    # bf16: replicas of a group are equal, and the lattice's steps, each peer's own, would move them apart.
+    "diloco": {"group": "all", "momentum": "nesterov", "alpha": 0.9, "slow_codec": "bf16"},
     "sparseloco": {
         "group": "all",
         "alpha": 0.0,
@@ -51,7 +52,7 @@ class SyncSpec(Section):
     progress; sparseloco: only the largest changes travel, the rest waits in the error feedback."""
     group: Literal["none", "pair", "all"] = "pair"
     """Who averages in a round: two peers, or all. Left out: all for diloco and sparseloco, none for local, else pair."""
-    inner_steps: int = Field(default=50, ge=1, le=10_000)
+    inner_steps: int = Field(default=35, ge=1, le=10_000)
     """Inner steps per round, after which it has one exchange; a peer that is ahead of the others takes more of them."""
     total_rounds: int = Field(default=0, ge=0, le=1_000_000_000)
     """Rounds after which the run ends; 0 for a run without end."""
@@ -68,7 +69,7 @@ class SyncSpec(Section):
     gamma: float = Field(default=0.7, ge=0.0)
     """Consensus strength γ on the difference of slow weights; 0 < γ < 2(1 − α²) for noloco. Left out: 0 for sparseloco."""
     theta_only: bool = False
-    """noloco with γ = β: only θ travels, which is half the values; tokens no longer weigh progress."""
+    """noloco with γ = β: only θ travels, which is half the values; tokens no longer weigh progress. Left out: true where γ = β."""
     staleness_penalty: float = Field(default=1.0, gt=0.0, le=1.0)
     """Factor on an outer step that was taken under the next round's inner steps; 1 turns it off."""
     momentum_clip: float = Field(default=0.0, ge=0.0, le=1000.0)
@@ -83,7 +84,7 @@ class SyncSpec(Section):
     """Format of Δ on the wire; lossy ones carry error feedback. Left out: topk for sparseloco."""
     error_decay: float = Field(default=1.0, gt=0.0, le=1.0)
     """Factor on the error feedback per exchange; 1 forgets nothing. Left out: 0.95 for sparseloco."""
-    slow_codec: Literal["fp32", "bf16", "q8", "q4", "lattice"] = "bf16"
+    slow_codec: Literal["fp32", "bf16", "q8", "q4", "lattice"] = "lattice"
     """Format of φ on the wire (of θ for pair-average and theta_only); lattice sends 4 bits and needs replicas that are near."""
     exchange_timeout_s: float = Field(default=60.0, ge=1.0, le=3600.0)
     """Deadline of one exchange, from the first proposal to the commit; afterwards the peer steps alone."""
@@ -107,23 +108,10 @@ class SyncSpec(Section):
             defaults["alpha"] = _HEAVY_BALL_DILOCO_ALPHA
         if isinstance(fragments, int) and fragments > 1:
             defaults["max_lag_rounds"] = 0
+        if data.get("algorithm", "noloco") == "noloco":
+            beta, gamma = (data.get(name, cls.model_fields[name].default) for name in ("beta", "gamma"))
+            defaults["theta_only"] = beta == gamma
         return defaults | data
-
-    @model_validator(mode="after")
-    def _rule_is_complete(self) -> Self:
-        if (self.group == "none") != (self.algorithm == "local"):
-            raise ValueError("sync.group none belongs to algorithm local and to no other; leave group out")
-        if self.momentum == "nesterov" and self.algorithm != "diloco":
-            raise ValueError(f"sync.momentum nesterov is diloco's; {self.algorithm} needs heavy-ball, or leave it out")
-        if self.algorithm == "sparseloco" and self.alpha != 0.0:
-            raise ValueError("sync.alpha must be 0 for sparseloco, which has no outer momentum; leave it out")
-        if self.momentum_clip > 0.0 and self.algorithm not in ("noloco", "diloco"):
-            raise ValueError(f"sync.momentum_clip must be 0 for {self.algorithm}, which has no outer momentum")
-        if self.theta_only and self.algorithm != "noloco":
-            raise ValueError("sync.theta_only is a form of noloco; choose that algorithm, or leave it out")
-        if self.theta_only and self.gamma != self.beta:
-            raise ValueError(f"sync.theta_only needs gamma = beta; set sync.gamma to {self.beta}")
-        return self
 
     @model_validator(mode="after")
     def _gamma_converges(self) -> Self:
@@ -138,6 +126,24 @@ class SyncSpec(Section):
                 raise ValueError(f"sync.gamma {self.gamma} must be below 2 for {self.algorithm}; lower gamma")
             if self.group == "pair" and self.gamma == 0.0:
                 raise ValueError(f"{self.algorithm} in pairs needs sync.gamma > 0, or replicas would drift apart")
+        return self
+
+    @model_validator(mode="after")
+    def _rule_is_complete(self) -> Self:
+        if (self.group == "none") != (self.algorithm == "local"):
+            raise ValueError("sync.group none belongs to algorithm local and to no other; leave group out")
+        if self.momentum == "nesterov" and self.algorithm != "diloco":
+            raise ValueError(f"sync.momentum nesterov is diloco's; {self.algorithm} needs heavy-ball, or leave it out")
+        if self.algorithm == "sparseloco" and self.alpha != 0.0:
+            raise ValueError("sync.alpha must be 0 for sparseloco, which has no outer momentum; leave it out")
+        if self.momentum_clip > 0.0 and self.algorithm not in ("noloco", "diloco"):
+            raise ValueError(f"sync.momentum_clip must be 0 for {self.algorithm}, which has no outer momentum")
+        if self.theta_only and self.algorithm != "noloco":
+            raise ValueError("sync.theta_only is a form of noloco; choose that algorithm, or leave it out")
+        if self.theta_only and self.gamma != self.beta:
+            raise ValueError(
+                f"sync.theta_only needs gamma = beta; set sync.gamma to {self.beta}, or theta_only to false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -78,8 +78,8 @@ def test_with_one_other_one_meeting_within_the_tolerance_is_enough(num_others: i
 
 
 def test_rounds_are_bounded_by_the_logarithm() -> None:
-    assert [num_rounds(peers) for peers in (1, 2, 8, 16, 1024)] == [12, 12, 20, 24, 48]
-    assert [num_rounds(peers) for peers in (3, 5, 7)] == [22, 22, 23], "each sits out one round of so many"
+    assert [num_rounds(peers) for peers in (1, 2, 8, 16, 1024)] == [18, 18, 30, 36, 72]
+    assert [num_rounds(peers) for peers in (3, 5, 7)] == [33, 33, 34], "each sits out one round of so many"
 
 
 @pytest.mark.parametrize("num_peers", [2, 3, 4, 5, 7, 16])

@@ -50,6 +50,20 @@ def test_replicas_stay_as_near_as_with_more_bytes(outer: OuterConfig, private: f
     assert spread(lattice) < 1.5 * spread(exact)
 
 
+@pytest.mark.parametrize("rounds_alone", [0, 6])
+@pytest.mark.parametrize("outer", RULES, ids=lambda outer: f"{outer.algorithm} {outer.theta_only}")
+def test_who_was_alone_can_be_read(outer: OuterConfig, rounds_alone: int) -> None:
+    replicas = swarm(2, replace(LATTICE, outer=outer), numel=NUMEL)
+    for step in range(rounds_alone):
+        train_all(replicas, step, private=1.0)
+        for replica in replicas:
+            replica.pack(round=step, tokens=1)
+            replica.apply([])
+    train_all(replicas, rounds_alone, private=1.0)
+    outcomes = meet(replicas, range(2), torch.Generator(), round=rounds_alone)
+    assert max(outcome.unreadable_share for outcome in outcomes) < 0.02
+
+
 def test_replicas_that_are_too_far_refuse_each_other_and_then_find_back() -> None:
     replicas, generator = swarm(8, LATTICE, numel=NUMEL), torch.Generator().manual_seed(0)
     for step in range(15):

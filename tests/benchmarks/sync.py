@@ -4,7 +4,7 @@ Two peers in two processes exchange a vector of random weights over libp2p on lo
 the end of a round's last inner step to the new weights: encode, transfer both ways, two-phase commit, admission, outer step; for
 hivemind it is the all-reduce of a group of two, matchmaking apart. Time runs from a common start to the slower peer's end.
 
-    python -m tests.benchmarks.sync [--json] [--sizes 25,100] [--repeats 5] [--compiled]
+    python -m tests.benchmarks.sync [--json] [--sizes 25,100] [--repeats 5] [--eager]
 
 The last line is one JSON object, per size in millions of parameters: `ours` and `hivemind` by setting, each with `seconds` (median,
 lowest, highest), `bytes` sent per peer, and `cpu_seconds` of one peer with its daemon (on a shared machine the number to trust);
@@ -39,12 +39,13 @@ OURS = {
     **{f"pair-average {slow}": ("pair-average", "fp32", slow) for slow in SLOW_CODECS},
     **{f"noloco {delta}+{slow}": ("noloco", delta, slow) for delta, slow in (("fp32", "fp32"), ("bf16", "bf16"))},
     **{f"noloco {delta}+bf16": ("noloco", delta, "bf16") for delta in DELTA_CODECS if delta not in ("fp32", "bf16")},
+    "theta-only lattice": ("theta-only", "fp32", "lattice"),
     "noloco q8+q8": ("noloco", "q8", "q8"),
     "noloco topk+lattice": ("noloco", "topk", "lattice"),
 }
-"""Setting → (algorithm, codec of Δ, codec of φ or θ)."""
+"""Setting → (algorithm, codec of Δ, codec of φ or θ). `theta-only` is noloco in the form that sends θ alone, a run's default."""
 UNCOMPRESSED = "pair-average fp32"
-USABLE = ("pair-average q8", "pair-average lattice")
+USABLE = ("pair-average q8", "pair-average lattice", "theta-only lattice")
 """Lossy settings that do what hivemind's averaging does, with an error that a run does not notice. θ as plain q4 is off by 9 %."""
 HIVEMIND = {
     "none": ("none", 1 << 21),
@@ -72,10 +73,10 @@ def seconds_of(answers: list[Json], first: int = 0, last: int = -1) -> float:
     return float(max(each[last] for each in times) - min(each[first] for each in times))
 
 
-def measure_ours(pair: Pair, setting: str, *, numel: int, repeats: int, compiled: bool) -> Json:
+def measure_ours(pair: Pair, setting: str, *, numel: int, repeats: int, eager: bool) -> Json:
     """One setting of ours; the first exchange warms up and is not counted."""
     algorithm, delta, slow = OURS[setting]
-    pair.ask("prepare", numel=numel, algorithm=algorithm, delta=delta, slow=slow, compiled=compiled)
+    pair.ask("prepare", numel=numel, algorithm=algorithm, delta=delta, slow=slow, eager=eager)
     rounds = []
     for round in range(repeats + 1):
         pair.ask("drift")
@@ -139,7 +140,7 @@ def measure_copy() -> Json:
     return spread(rates)
 
 
-def run_ours(sizes: list[int], settings: list[str], *, repeats: int, compiled: bool) -> Json:
+def run_ours(sizes: list[int], settings: list[str], *, repeats: int, eager: bool) -> Json:
     """All sizes and settings of ours, and the bare stream before each of them."""
     results: Json = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +161,7 @@ def run_ours(sizes: list[int], settings: list[str], *, repeats: int, compiled: b
                     for both_ways, measured in raw.items():
                         measured.append(measure_raw(pair, both_ways=both_ways))
                     numel = size * 1_000_000
-                    ours[setting] = measure_ours(pair, setting, numel=numel, repeats=repeats, compiled=compiled)
+                    ours[setting] = measure_ours(pair, setting, numel=numel, repeats=repeats, eager=eager)
                     _say(f"{size}M ours {setting}", ours[setting])
                 results[str(size)] = {"ours": ours, **_raw_rates(raw)}
     return results
@@ -246,14 +247,16 @@ def main() -> None:
     parser.add_argument("--sizes", default="25,100", help="millions of parameters")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--settings", default="", help="only our settings that contain one of these words")
-    parser.add_argument("--compiled", action="store_true", help="kernels through torch.compile")
+    parser.add_argument(
+        "--eager", action="store_true", help="without torch.compile, which nodes use from 16M parameters on"
+    )
     parser.add_argument("--no-hivemind", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sizes = [int(size) for size in arguments.sizes.split(",")]
     words = arguments.settings.split(",")
     settings = [setting for setting in OURS if any(word in setting for word in words)]
-    results = run_ours(sizes, settings, repeats=arguments.repeats, compiled=arguments.compiled)
+    results = run_ours(sizes, settings, repeats=arguments.repeats, eager=arguments.eager)
     theirs = {} if arguments.no_hivemind else run_hivemind(sizes, repeats=arguments.repeats)
     for size, result in results.items():
         hivemind = theirs.get(size, {})

@@ -40,6 +40,8 @@ async def real_members(folder: Path, num_peers: int) -> AsyncIterator[list[tuple
                 transport=transport, identity=Identity.load(home / "key"), run=RUN, codec=CODEC, numel=NUMEL
             )
             peers.append((transport, await stack.enter_async_context(averager)))
+        for transport, _ in peers:
+            await transport.addresses()  # its p2pd knows the protocol now
         yield peers
 
 

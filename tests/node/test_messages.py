@@ -25,8 +25,11 @@ VALUES: dict[str, Any] = {
     "fallback": True,
     "loss": 3.25,
     "meetings": 7,
+    "members": 4,
+    "missing": {},
     "outcome": "averaged",
     "own": 3,
+    "own_numel": 0,
     "partner": identity(1).peer_id,
     "peers": 3,
     "seconds": 12.5,
@@ -56,6 +59,8 @@ def emitted() -> dict[str, set[str]]:
 def fields_for(event: str, names: set[str]) -> dict[str, Any]:
     if event == "exchange":
         names = set(ExchangeNote.model_fields)
+    if event == "group_round":
+        names = {"round", "outcome", "members", "missing", "own_numel", "seconds"}
     if event == "swarm":
         names = {"peers", "training", "round", "val_loss", "tokens_per_s"}
     return {name: VALUES.get(name, 7 if name in NUMBERS else f"the {name}") for name in names}
@@ -133,3 +138,17 @@ def test_the_end_of_a_run_in_words() -> None:
         assert end is not None
         assert end.text.startswith(words)
         assert "0.0002" in end.text
+
+
+def test_a_group_round_in_words() -> None:
+    fields: dict[str, object] = {"round": 3, "outcome": "averaged", "members": 4, "seconds": 1.23}
+    whole = describe("group_round", fields | {"missing": {}, "own_numel": 0})
+    part = describe("group_round", fields | {"outcome": "partial", "missing": {"a": "late"}, "own_numel": 5000})
+    alone = describe(
+        "group_round", fields | {"outcome": "alone", "members": 1, "missing": {"a": "late"}, "own_numel": 0}
+    )
+    assert [told and told.text for told in (whole, part, alone)] == [
+        "Round 3: mean of 4 peers in 1.2 s",
+        "Round 3: mean of 4 peers in 1.2 s; 1 missing; 5,000 values are our own, their mean was lost",
+        "Round 3: no group came together; stepped alone",
+    ]

@@ -66,13 +66,13 @@ class Peer:
         if address:
             await self._transport.connect(address)
 
-    async def prepare(self, numel: int, algorithm: Any, delta: str, slow: str, compiled: bool) -> None:
+    async def prepare(self, numel: int, algorithm: Any, delta: str, slow: str, eager: bool) -> None:
         """Start from weights that both peers share."""
         await self.free()
         theta = torch.empty(numel).normal_(std=_WEIGHT_STD, generator=torch.Generator().manual_seed(1))
-        config = ReplicaConfig(
-            outer=OuterConfig(algorithm=algorithm), delta_codec=delta, slow_codec=slow, compiled=compiled
-        )
+        theta_only = algorithm == "theta-only"
+        outer = OuterConfig(algorithm="noloco" if theta_only else algorithm, theta_only=theta_only)
+        config = ReplicaConfig(outer=outer, delta_codec=delta, slow_codec=slow, compiled=False if eager else None)
         self._replica = Replica(theta, config)
         self._averager = Averager(
             transport=self._transport,
