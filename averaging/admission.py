@@ -157,6 +157,7 @@ class Admission:
                 self._hopeless.append((peer, UNREADABLE_SHARE))
             return Verdict.refused("values are not finite or overflow", distances)
         if self._is_open:
+            self._hopeless.clear()
             return Verdict(kind="averaged", distances=distances)
         verdict = self._decide(peer, distances)
         self._own.append(distances.own)

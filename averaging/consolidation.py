@@ -75,19 +75,25 @@ class Consolidation:
     """One peer's side of it. Not thread-safe, like the replica.
 
     Args:
-        replica: the trained one. Its φ is averaged in place and is a whole model at any moment between two calls.
+        replica: the trained one. Its φ is averaged in place and is a whole model at any moment between two calls. With fragments,
+            what θ has learnt since a fragment's last round is not in φ and is given up.
         tolerance: see `Agreement`.
     """
 
     def __init__(self, replica: Replica, *, tolerance: float) -> None:
         self.agreement = Agreement(tolerance)
         self._trained, self._tolerance = replica, tolerance
+        if (
+            not replica.config.outer.keeps_slow
+        ):  # pair averaging has no slow weights; φ may be as old as its fragment's last round
+            replica.phi.copy_(replica.theta)
         self._averaging = Replica(
             replica.phi,
             ReplicaConfig(
                 outer=OuterConfig(algorithm="pair-average"),
                 admission=replica.config.admission,
                 slow_codec="fp32",
+                compiled=replica.config.compiled,
                 lag_decay=1.0,  # nobody trains: what a partner some rounds behind holds is not out of date
             ),
         )

@@ -99,7 +99,7 @@ class FusedPasses(Passes):
         if self._is_pair_average and not self._is_finite(round):
             return math.nan  # φ must stay as it was
         norm, window = TileNorm(), self._payloads.window
-        drift = torch.zeros((), device=self._theta.device) if window is None else window.drift
+        drift = torch.zeros((), device=self._theta.device) if window is None else window.drift_of(round)
         for piece in self._pieces(round):
             for part in self._parts(piece, [self._payloads.slow]):
                 pack = loops.pack if part.is_padded else compiled_version(loops.pack)

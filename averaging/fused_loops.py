@@ -38,7 +38,7 @@ def pack(
     if codec == "lattice":
         moved = torch.sqrt(squares / numel)[:, None]
         size = torch.sqrt(torch.sum(blocks * blocks, dim=1) / numel)[:, None]
-        wanted = LatticeWindow.wanted(distance, moved=moved, size=torch.nan_to_num(size), drift=drift)
+        wanted = LatticeWindow.wanted(distance, moved=moved, size=size, drift=drift)
         distance.copy_(wanted)
         largest = torch.amax(torch.abs(blocks), dim=1, keepdim=True)
         steps, checksums, codes = fields
@@ -126,7 +126,9 @@ def _read(codec: str, fields: Fields, near: Tensor, weights: Tensor) -> tuple[Te
 
 
 def _own(codec: str, fields: Fields, near: Tensor, weights: Tensor) -> Tensor:
-    """Our own values as they travelled, [B, n]. Those of the lattice need no codes: `near` is what was encoded."""
+    """Our own values as they travelled, [B, n]. fp32 and the lattice need no codes: `near` is what was encoded."""
+    if codec == "fp32":
+        return _blocks(near, codec)
     if codec != "lattice":
         return _read(codec, fields, near, weights)[0]
     step = fields[0].float()

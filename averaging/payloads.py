@@ -50,7 +50,9 @@ class Payloads:
         self.delta_codec = codec_named(config.delta_codec, compiled=compiled)
         self.slow_codec = codec_named(config.slow_codec, compiled=compiled)
         uses_lattice = config.outer.sends_slow and config.slow_codec == "lattice"
-        self.window = LatticeWindow(num_parameters, device) if uses_lattice else None
+        self.window = (
+            LatticeWindow(num_parameters, num_fragments=config.fragments, device=device) if uses_lattice else None
+        )
         # Fragment 0 is the longest; the other rounds use a part of its buffers.
         self._delta_room, self._slow_room = (
             torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -58,6 +60,7 @@ class Payloads:
         )
         self.delta, self.slow = self._delta_room, self._slow_room
         self._group_mean: Tensor | None = None
+        self._round = 0
 
     @property
     def has_group_mean(self) -> bool:
@@ -82,6 +85,7 @@ class Payloads:
 
     def begin(self, round: int) -> None:
         """Make room for a round's fragment."""
+        self._round = round
         num_delta_bytes, num_slow_bytes = self._config.payload_bytes(self._num_parameters, round)
         self.delta, self.slow = self._delta_room[:num_delta_bytes], self._slow_room[:num_slow_bytes]
 
@@ -103,7 +107,7 @@ class Payloads:
         motion = None
         if self.window is not None:
             moved = (buffers.mean,) if momentum is None else (buffers.mean, momentum)
-            motion = self.window.motion(piece, slow, moved, out=buffers.pull)
+            motion = self.window.motion(piece, slow, moved, round=self._round, out=buffers.pull)
         self.slow_codec.encode(slow, self.slow, start=piece.start, scratch=buffers.scratch, motion=motion)
 
     def read_delta(self, piece: Piece, out: Tensor) -> None:

@@ -117,7 +117,7 @@ class Replica:
             Views of our buffers, valid until the next `pack`.
 
         Raises:
-            FloatingPointError: θ is not finite; the state is as before, and the caller should go back to a checkpoint.
+            FloatingPointError: θ is not finite; φ, δ and the residual are as before, and the caller should go back to a checkpoint.
         """
         self._payloads.begin(round)
         self._delta_norm = self._passes.pack(round)
@@ -168,14 +168,14 @@ class Replica:
             delta_norm=self._delta_norm,
             shift_norm=(1.0 - self.config.blend) * shift,
             step_scale=scale,
-            unreadable_share=self._unreadable_share(found, alone=not accepted),
+            unreadable_share=self._unreadable_share(found, own.round, alone=not accepted),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
         """φ, δ, residual and the lattice's window, not copied. θ is the model's own; the history is `admission.state_dict()`."""
         state = {"phi": self.phi, "momentum": self.momentum, "residual": self.residual}
         if self._payloads.window is not None:
-            state["window"] = self._payloads.window.distance
+            state |= {"window": self._payloads.window.distance, "window_drift": self._payloads.window.drift}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -193,17 +193,19 @@ class Replica:
         self._packed = None
 
     def replace_slow(self, phi: Tensor) -> None:
-        """Start anew from the swarm's φ (fp32 [P]): θ = φ, no momentum, no residual, no exchange under way."""
+        """Start anew from the swarm's φ (fp32 [P]): θ = φ, no momentum, no residual, nothing known of distances, no exchange."""
         self.phi.copy_(phi)
         self.theta.copy_(phi)
         self.momentum.zero_()
         self.residual.zero_()
+        if self._payloads.window is not None:
+            self._payloads.window.reset()
         self._packed = None
 
-    def _unreadable_share(self, found: Collection[Measurement], *, alone: bool) -> float:
+    def _unreadable_share(self, found: Collection[Measurement], round: int, *, alone: bool) -> float:
         """The share of blocks that could not be read; the lattice's window learns of it."""
         if self._payloads.window is not None:
-            self._payloads.window.after_round(alone=alone)
+            self._payloads.window.after_round(round, alone=alone)
             if any(measurement.is_too_far for measurement in found):
                 self._payloads.window.widen()
         num_blocks = sum(measurement.num_blocks for measurement in found)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Self
 
 from averaging.admission import AdmissionConfig
 from averaging.codec import DELTA_CODECS, SLOW_CODECS, codec_named
 from averaging.fragments import Fragments
 from averaging.outer import OuterConfig
+from protocol.sync_spec import SyncSpec
 
 __all__ = ["ReplicaConfig"]
 
@@ -54,6 +56,13 @@ class ReplicaConfig:
             raise ValueError(f"fragments {self.fragments} is below 1")
         if not 0.0 <= self.blend < 1.0 or (self.blend > 0.0 and self.fragments == 1):
             raise ValueError(f"blend {self.blend} is outside 0 ≤ blend < 1, or there is only one fragment")
+
+    @classmethod
+    def of(cls, sync: SyncSpec, *, admission: AdmissionConfig | None, compiled: bool | None = False) -> Self:
+        """What a run's [sync] section says; `admission` and `compiled` as in the constructor."""
+        outer = OuterConfig(**{each.name: getattr(sync, each.name) for each in fields(OuterConfig)})
+        own = ("delta_codec", "slow_codec", "error_decay", "fragments", "blend", "lag_decay")
+        return cls(outer=outer, admission=admission, compiled=compiled, **{name: getattr(sync, name) for name in own})
 
     def payload_bytes(self, num_parameters: int, round: int = 0) -> tuple[int, int]:
         """Exact bytes of (Δ, φ) on the wire in one round, for a model of that size."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from averaging.fragments import Piece
 from kernels.formats import LATTICE
-from kernels.lattice import WINDOW, lattice_steps
+from kernels.lattice import WINDOW, lattice_fields
 
 __all__ = ["LatticeWindow"]
 
@@ -48,28 +48,30 @@ class LatticeWindow:
 
     Args:
         num_parameters: length of the whole vectors.
+        num_fragments: F.
         device: where they are.
     """
 
-    def __init__(self, num_parameters: int, device: torch.device) -> None:
+    def __init__(self, num_parameters: int, *, num_fragments: int, device: torch.device) -> None:
         self.distance = torch.zeros(-(-num_parameters // _BLOCK), device=device)
         """d, fp32 [blocks]; part of the replica's state."""
-        self.drift = torch.zeros((), device=device)
-        """1 after a round without a partner, else 0."""
+        self.drift = torch.zeros(num_fragments, device=device)
+        """Per fragment 1 after a round without a partner, else 0; part of the state, too."""
 
-    def motion(self, piece: Piece, x: Tensor, moved: tuple[Tensor, ...], *, out: Tensor) -> Tensor:
+    def motion(self, piece: Piece, x: Tensor, moved: tuple[Tensor, ...], *, round: int, out: Tensor) -> Tensor:
         """The motion to encode a piece with; d rises to what the piece moved.
 
         Args:
+            round: whose fragment the piece is of.
             x: what is encoded, fp32 [n].
             moved: Δ, and δ where it moves x, fp32 [n] each.
             out: fp32 [n], written and returned.
         """
-        distance, size = self._blocks(piece), torch.nan_to_num(_rms(x))
+        distance, size = self._blocks(piece), _rms(x)
         largest = _rms(moved[0])
         for vector in moved[1:]:
             largest = torch.fmax(largest, _rms(vector))
-        distance.copy_(self.wanted(distance, moved=largest, size=size, drift=self.drift))
+        distance.copy_(self.wanted(distance, moved=largest, size=size, drift=self.drift_of(round)))
         full = x.numel() // _BLOCK
         out[: full * _BLOCK].view(full, _BLOCK).copy_(distance[:full, None])
         if tail := x.numel() % _BLOCK:
@@ -93,22 +95,30 @@ class LatticeWindow:
         """Like `learn`, from what was found per block: rms(theirs − ours), fp32, and what could not be read, bool; [blocks]."""
         distance = self._blocks(piece)
         first = piece.start // _BLOCK
-        theirs = lattice_steps(payload)[first : first + len(distance)] * (_LEVELS / 2 / WINDOW)
+        steps = lattice_fields(payload)[0][first : first + len(distance), 0].float()
+        theirs = steps * (_LEVELS / 2 / WINDOW)
         found = torch.where(unreadable, _GROWTH * theirs, _HEADROOM * rms)
         distance.copy_(torch.minimum(torch.fmax(found, _FORGETTING * distance), _GROWTH * distance))
 
     @staticmethod
     def wanted(distance: Tensor, *, moved: Tensor, size: Tensor, drift: Tensor) -> Tensor:
         """d for this round, given what the blocks moved and rms(x), fp32 [blocks] each, and the window's `drift`."""
-        # fmax: a diverged round must leave no NaN behind.
-        risen = torch.where(
-            distance > 0.0, torch.fmax(distance + drift * moved, moved), torch.nan_to_num(_FIRST * moved)
-        )
-        return torch.minimum(torch.maximum(risen, _SMALLEST * size), size)
+        risen = torch.where(distance > 0.0, torch.maximum(distance + drift * moved, moved), _FIRST * moved)
+        bounded = torch.minimum(torch.maximum(risen, _SMALLEST * size), size)
+        return torch.where(torch.isfinite(moved + size), bounded, distance)  # a diverged round leaves d as it was
 
-    def after_round(self, *, alone: bool) -> None:
+    def drift_of(self, round: int) -> Tensor:
+        """`drift` of the fragment of a round, fp32, 0-dimensional."""
+        return self.drift[round % len(self.drift)]
+
+    def after_round(self, round: int, *, alone: bool) -> None:
         """A round is over; `alone` says that nobody was averaged with."""
-        self.drift.fill_(float(alone))
+        self.drift_of(round).fill_(float(alone))
+
+    def reset(self) -> None:
+        """Forget everything: the weights are new ones."""
+        self.distance.zero_()
+        self.drift.zero_()
 
     def widen(self) -> None:
         """A partner was too far to be read at all."""

@@ -61,6 +61,13 @@ def compiler_works() -> bool:
 @functools.cache
 def compiled_version(function: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
     """The compiled form of a kernel, made once per function; sizes are dynamic, so that new ones do not recompile."""
-    # One function has a variant per wire format and rule; beyond torch's own limit of 8 it would raise.
-    torch._dynamo.config.recompile_limit = max(_MAX_VARIANTS, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
+        # One function has variants per wire format, rule and alignment; beyond torch's own limit of 8 it would raise. The setting
+        # belongs to the thread.
+        torch._dynamo.config.recompile_limit = _MAX_VARIANTS
+        return compiled(*args, **kwargs)
+
+    return call

@@ -35,7 +35,6 @@ __all__ = [
     "lattice_decode",
     "lattice_encode",
     "lattice_fields",
-    "lattice_steps",
     "read_blocks",
     "write_blocks",
 ]
@@ -113,11 +112,6 @@ def lattice_decode(
             values.view(-1, _BLOCK)[bad] = own.view(-1, _BLOCK)[bad]
             num_unreadable += int(bad.sum())
     return num_unreadable
-
-
-def lattice_steps(payload: Tensor) -> Tensor:
-    """The distance between neighbouring lattice points, fp32 [B]."""
-    return lattice_fields(payload)[0].float().flatten()
 
 
 def _encode_blocks(

@@ -26,7 +26,6 @@ from unittest import mock
 import torch
 
 from averaging.admission import AdmissionConfig
-from averaging.outer import OuterConfig
 from averaging.replica import ReplicaConfig
 from node.quadratic import QuadraticConfig, loss_of
 from node.scenario import Scenario
@@ -247,24 +246,6 @@ class Simulation:
 
 
 def replica_config(scenario: Scenario) -> ReplicaConfig:
-    """The scenario's [sync] and [safety] as the replica's own configuration, as node/trainer.py makes it from a manifest."""
-    sync, safety = scenario.sync, scenario.safety
-    return ReplicaConfig(
-        outer=OuterConfig(
-            algorithm=sync.algorithm,
-            momentum=sync.momentum,
-            alpha=sync.alpha,
-            beta=sync.beta,
-            gamma=sync.gamma,
-            theta_only=sync.theta_only,
-            staleness_penalty=sync.staleness_penalty,
-            momentum_clip=sync.momentum_clip,
-        ),
-        admission=None if safety is None else AdmissionConfig(**safety.model_dump()),
-        delta_codec=sync.delta_codec,
-        slow_codec=sync.slow_codec,
-        error_decay=sync.error_decay,
-        fragments=sync.fragments,
-        blend=sync.blend,
-        lag_decay=sync.lag_decay,
-    )
+    """The scenario's [sync] and [safety] as the replica's own configuration."""
+    safety = scenario.safety
+    return ReplicaConfig.of(scenario.sync, admission=None if safety is None else AdmissionConfig(**safety.model_dump()))

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from averaging.admission import AdmissionConfig
 from averaging.flatten import FlatParameters
-from averaging.outer import OuterConfig
 from averaging.replica import Outcome, Replica, ReplicaConfig
 from averaging.update import RemoteUpdate, Update
 from model.batches import RoundBatches
@@ -89,26 +88,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self._inner)
         self.replica = Replica(
             self.flat.theta,
-            ReplicaConfig(
-                outer=OuterConfig(
-                    algorithm=sync.algorithm,
-                    momentum=sync.momentum,
-                    alpha=sync.alpha,
-                    beta=sync.beta,
-                    gamma=sync.gamma,
-                    theta_only=sync.theta_only,
-                    staleness_penalty=sync.staleness_penalty,
-                    momentum_clip=sync.momentum_clip,
-                ),
-                admission=AdmissionConfig(**safety.model_dump()),
-                delta_codec=sync.delta_codec,
-                slow_codec=sync.slow_codec,
-                compiled=None,
-                error_decay=sync.error_decay,
-                fragments=sync.fragments,
-                blend=sync.blend,
-                lag_decay=sync.lag_decay,
-            ),
+            ReplicaConfig.of(sync, admission=AdmissionConfig(**safety.model_dump()), compiled=None),
         )
         self.heldout = Heldout(heldout, sequence_tokens=manifest.inner.sequence_tokens)
         self.affordable_pieces: int | None = None
@@ -216,12 +196,15 @@ class Trainer:
         return decode_weights(data, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
 
     def adopt(self, weights: Mapping[str, Tensor], round: int) -> None:
-        """Enter the swarm at `round` with another peer's slow weights; momentum and optimizer start from zero."""
+        """Enter the swarm at `round` with another peer's slow weights; momentum and optimizer start from zero, and what was
+        trained in the present round is not claimed."""
         phi = torch.empty_like(self.flat.theta)
         for name, view in self.flat.views(phi).items():
             view.copy_(weights[name])
         self.replica.replace_slow(phi)
+        self.optimizer = build_optimizer(self.model, self._inner)
         self.round = round
+        self.tokens_in_round = 0
 
     def checkpoint(self, batches: RoundBatches | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything needed to go on: tensors, and a JSON-able part with the counters and the data cursor."""

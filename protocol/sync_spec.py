@@ -3,7 +3,7 @@
 One code path runs all algorithms; they differ in these settings only. Some defaults depend on the algorithm (`_DEFAULTS`), so
 they are filled in before validation and stand in the canonical form like everything else: a later version with other
 defaults still sees a run as it was meant. The defaults are those that learnt best for their bytes (docs/benchmarks.md).
-Combinations under which replicas would drift apart, or that would do nothing, are errors here, before anything starts.
+Combinations under which replicas would drift apart are errors here, before anything starts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _DEFAULTS: Mapping[str, Mapping[str, object]] = {
         "beta": 1.0,
         "gamma": 0.0,
         "delta_codec": "topk",
+        "slow_codec": "bf16",
         "error_decay": 0.95,
     },
 }
@@ -69,7 +70,8 @@ class SyncSpec(Section):
     gamma: float = Field(default=0.7, ge=0.0)
     """Consensus strength γ on the difference of slow weights; 0 < γ < 2(1 − α²) for noloco. Left out: 0 for sparseloco."""
     theta_only: bool = False
-    """noloco with γ = β: only θ travels, which is half the values; tokens no longer weigh progress. Left out: true where γ = β."""
+    """noloco with γ = β: only θ travels, which is half the values; tokens no longer weigh progress. Left out: true where γ = β
+    and no delta_codec is asked for."""
     staleness_penalty: float = Field(default=1.0, gt=0.0, le=1.0)
     """Factor on an outer step that was taken under the next round's inner steps; 1 turns it off."""
     momentum_clip: float = Field(default=0.0, ge=0.0, le=1000.0)
@@ -110,7 +112,7 @@ class SyncSpec(Section):
             defaults["max_lag_rounds"] = 0
         if data.get("algorithm", "noloco") == "noloco":
             beta, gamma = (data.get(name, cls.model_fields[name].default) for name in ("beta", "gamma"))
-            defaults["theta_only"] = beta == gamma
+            defaults["theta_only"] = beta == gamma and "delta_codec" not in data
         return defaults | data
 
     @model_validator(mode="after")

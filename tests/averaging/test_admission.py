@@ -198,6 +198,11 @@ def test_without_config_only_broken_values_are_refused() -> None:
     verdict = judge(admission, delta=1e9, slow=1e9)
     assert (verdict.kind, verdict.weight, verdict.delta_scale, verdict.slow_scale) == ("averaged", 1.0, 1.0, 1.0)
     assert judge(admission, delta=math.nan).kind == "refused"
+    for _ in range(20):
+        for name in "ab":
+            assert judge(admission, slow=math.inf, peer=PeerId(name)).kind == "refused"
+            assert judge(admission, slow=1.0, peer=PeerId(name)).kind == "averaged"
+    assert not admission.is_astray, "unreadable now and then is not astray"
 
 
 def test_state_survives_json() -> None:

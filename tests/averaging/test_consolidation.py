@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from averaging.consolidation import Agreement, Consolidation, num_rounds
+from averaging.outer import OuterConfig
+from averaging.replica import Replica, ReplicaConfig
 from averaging.update import RemoteUpdate
 from protocol.ids import PeerId
 from tests.averaging.gossip import Gossip
@@ -75,6 +77,17 @@ def test_with_one_other_one_meeting_within_the_tolerance_is_enough(num_others: i
     assert not agreement.is_reached(num_others), "nothing is known before the first meeting"
     agreement.met(ANN, 1e-4)
     assert agreement.is_reached(num_others)
+
+
+def test_pair_averaging_ends_from_its_present_weights() -> None:
+    outer = OuterConfig(algorithm="pair-average")
+    replica = Replica(torch.zeros(4 * 4096), ReplicaConfig(outer=outer, slow_codec="fp32", fragments=4))
+    for round in range(4):  # each fragment's last round lies some rounds back
+        replica.theta.add_(1.0)
+        replica.pack(round=round, tokens=1)
+        replica.apply([])
+    Consolidation(replica, tolerance=TOLERANCE).finish()
+    assert torch.equal(replica.theta, torch.full((4 * 4096,), 4.0))
 
 
 def test_rounds_are_bounded_by_the_logarithm() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,57 @@ def test_who_was_alone_can_be_read(outer: OuterConfig, rounds_alone: int) -> Non
     train_all(replicas, rounds_alone, private=1.0)
     outcomes = meet(replicas, range(2), torch.Generator(), round=rounds_alone)
     assert max(outcome.unreadable_share for outcome in outcomes) < 0.02
+
+
+def test_fragments_are_alone_each_for_itself() -> None:
+    config = replace(LATTICE, fragments=4, outer=OuterConfig(algorithm="pair-average"))
+    replicas, generator = swarm(2, config, numel=64 * 4096), torch.Generator().manual_seed(0)
+    for step in range(25):
+        for number, replica in enumerate(replicas):
+            train(replica, 100 * step + number)
+        if step % 4 == 0 and step < 24:  # fragment 0 has no partner, six times
+            for replica in replicas:
+                replica.pack(round=step, tokens=1)
+                replica.apply([])
+        else:
+            outcomes = meet(replicas, range(2), generator, round=step)
+    assert max(outcome.unreadable_share for outcome in outcomes) < 0.02
+
+
+@pytest.mark.parametrize("outer", RULES, ids=lambda outer: f"{outer.algorithm} {outer.theta_only}")
+def test_new_weights_begin_with_a_new_window(outer: OuterConfig) -> None:
+    config = replace(LATTICE, outer=outer)
+    replicas, generator = swarm(4, config, numel=NUMEL), torch.Generator().manual_seed(0)
+    for step in range(6):
+        train_all(replicas, step)
+        meet(replicas, range(4), generator, round=step)
+    lost, near = replicas[0], replicas[1]
+    window = lost._payloads.window
+    assert window is not None
+    for _ in range(16):
+        window.widen()
+    lost.replace_slow(near.phi)
+    train_all(replicas, 6)
+    before = float((lost.theta - near.theta).norm())
+    exchange([lost, near], round=6)
+    assert float((lost.theta - near.theta).norm()) < before
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("outer", RULES, ids=lambda outer: f"{outer.algorithm} {outer.theta_only}")
+def test_a_diverged_round_leaves_the_window(outer: OuterConfig, bad: float) -> None:
+    replicas, generator = swarm(2, replace(LATTICE, outer=outer), numel=NUMEL), torch.Generator().manual_seed(0)
+    for step in range(3):
+        train_all(replicas, step)
+        meet(replicas, range(2), generator, round=step)
+    window = replicas[0]._payloads.window
+    assert window is not None
+    before = window.distance.clone()
+    replicas[0].theta[0] = bad
+    with pytest.raises(FloatingPointError):
+        replicas[0].pack(round=3, tokens=1)
+    assert torch.equal(window.distance[0], before[0])
+    assert torch.isfinite(window.distance).all()
 
 
 def test_replicas_that_are_too_far_refuse_each_other_and_then_find_back() -> None:
@@ -146,12 +198,12 @@ def test_a_diverged_round_leaves_a_usable_window() -> None:
 def motion_of(window: LatticeWindow, moved: float) -> torch.Tensor:
     """Per-block motion of 512 + 64 elements of size 1 that moved by `moved`."""
     size, piece = torch.ones(576), Piece(slice(0, 576), 0)
-    out = window.motion(piece, size, (torch.full((576,), moved),), out=torch.empty(576))
+    out = window.motion(piece, size, (torch.full((576,), moved),), round=0, out=torch.empty(576))
     return out[[0, 256, 512]]
 
 
 def test_motion_is_bounded_by_the_weights_and_by_bfloat16() -> None:
-    window = LatticeWindow(576, torch.device("cpu"))
+    window = LatticeWindow(576, num_fragments=1, device=torch.device("cpu"))
     torch.testing.assert_close(motion_of(window, 0.0), torch.tensor([1.0, 1.0, 2.0]) * 2**-12)  # the tail is padded
     torch.testing.assert_close(motion_of(window, 0.25), torch.tensor([0.25, 0.25, 0.5]))
     torch.testing.assert_close(motion_of(window, 9.0), torch.tensor([1.0, 1.0, 2.0]))

@@ -53,7 +53,7 @@ METHODS: dict[str, Cell] = {
     "local": _cell("local", 1.5e-3, sync={"algorithm": "local"}),
     "pair-average": _cell("pair-average", 1.5e-3, sync={"algorithm": "pair-average", "inner_steps": 50, **PLAIN}),
     "diloco": _cell("diloco", 1.5e-3, sync=_DILOCO),
-    "noloco": _cell("noloco", 1.5e-3, sync={"algorithm": "noloco", "inner_steps": 50, **PLAIN}),
+    "noloco": _cell("noloco", 1.5e-3, sync={"algorithm": "noloco", "theta_only": False, "inner_steps": 50, **PLAIN}),
     "default": _cell("default", 1.5e-3, sync=_theta(inner_steps=35)),
 }
 """Learning rates and H are each method's best of those tried on seed 0 (docs/LOG.md). `default` is the product's own default, with
@@ -66,6 +66,8 @@ ATTEMPTS: dict[str, Cell] = {
     "pair-average lattice, H 6": _cell("pair-average lattice, H 6", 3e-3, sync=_pair(inner_steps=6)),
     "pair-average lattice, H 9": _cell("pair-average lattice, H 9", 3e-3, sync=_pair(inner_steps=9)),
     "pair-average lattice, H 32": _cell("pair-average lattice, H 32", 1.5e-3, sync=_pair(inner_steps=32)),
+    "diloco, 4 bits": _cell("diloco, 4 bits", 1.5e-3, sync=_DILOCO | {"delta_codec": "e3m0"}),
+    "diloco, lr 1e-3": _cell("diloco, lr 1e-3", 1e-3, sync=_DILOCO),
     "diloco, lr 2e-3": _cell("diloco, lr 2e-3", 2e-3, sync=_DILOCO),
 }
 """Tries beyond the table. `moonshot` spends DiLoCo's bytes on more frequent 4-bit exchanges; the others are why it and the default

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from averaging.flatten import FlatParameters
-from averaging.outer import OuterConfig
 from averaging.replica import Replica, ReplicaConfig
 from averaging.update import RemoteUpdate
 from model.batches import RoundBatches, heldout_batches
@@ -84,7 +83,8 @@ class Cell:
 
 def cell_key(cell: Cell) -> str:
     """Names a cell by everything that decides its result but the code."""
-    return hashlib.sha256(json.dumps(asdict(cell), sort_keys=True).encode()).hexdigest()[:16]
+    fields = asdict(cell) | {"sync": sync_spec(cell).model_dump()}  # with all defaults as they are now
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sync_spec(cell: Cell) -> SyncSpec:
@@ -129,7 +129,7 @@ class _Member:
             lr=cell.lr, sequence_tokens=SEQUENCE_TOKENS, **{"warmup_steps": WARMUP_STEPS, **cell.inner}
         )
         self.optimizer = build_optimizer(self.model, self.inner)
-        self.replica = Replica(self.flat.theta, _replica_config(sync_spec(cell)))
+        self.replica = Replica(self.flat.theta, ReplicaConfig.of(sync_spec(cell), admission=None))
 
     def step(self, batches: Sequence[RoundBatches], rate: float) -> None:
         """One optimizer step on the mean gradient over one batch of each."""
@@ -148,30 +148,6 @@ class _Member:
             total += float(_loss(self.model, batch)) * len(batch)
             count += len(batch)
         return total / count
-
-
-def _replica_config(sync: SyncSpec) -> ReplicaConfig:
-    """As node/trainer.py builds it, without admission: nobody lies here."""
-    outer = OuterConfig(
-        algorithm=sync.algorithm,
-        momentum=sync.momentum,
-        alpha=sync.alpha,
-        beta=sync.beta,
-        gamma=sync.gamma,
-        theta_only=sync.theta_only,
-        staleness_penalty=sync.staleness_penalty,
-        momentum_clip=sync.momentum_clip,
-    )
-    return ReplicaConfig(
-        outer=outer,
-        admission=None,
-        delta_codec=sync.delta_codec,
-        slow_codec=sync.slow_codec,
-        error_decay=sync.error_decay,
-        fragments=sync.fragments,
-        blend=sync.blend,
-        lag_decay=sync.lag_decay,
-    )
 
 
 class _Exchanges:

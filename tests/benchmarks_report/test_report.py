@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from protocol.manifest import SyncSpec
 from tests.benchmarks import report, report_plots, report_run
+from tests.benchmarks.convergence import METHODS
+from tests.benchmarks.convergence_cell import cell_key, sync_spec
 from tests.benchmarks.report_run import BenchmarkError, load_result, run_benchmark
 from tests.benchmarks.report_tables import cell, headline, render_tables
 
@@ -252,3 +256,14 @@ def test_every_benchmark_has_its_frame_in_the_page() -> None:
     for name in report.benchmark_names():
         assert f"<!-- begin {name} -->" in page
     assert set(report_run.FIELDS) == set(stored({}))
+
+
+def test_the_default_of_the_convergence_table_is_the_product_s() -> None:
+    assert sync_spec(METHODS["default"]) == SyncSpec()
+
+
+def test_a_stored_run_counts_only_with_the_same_settings() -> None:
+    cell = METHODS["default"]
+    same = replace(cell, sync={})
+    assert cell_key(same) == cell_key(cell)
+    assert cell_key(replace(cell, sync={"inner_steps": 36})) != cell_key(cell)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.dispatch import compiler_works
 from kernels.formats import LATTICE
-from kernels.lattice import lattice_decode, lattice_encode, lattice_steps
+from kernels.lattice import lattice_decode, lattice_encode, lattice_fields
 from tests.kernels.samples import TILE, gradient_like
 
 SIZES = [1, 255, 256, 257, 5000, TILE, TILE + 1, 2 * TILE + 777]
@@ -17,6 +17,10 @@ SIZES = [1, 255, 256, 257, 5000, TILE, TILE + 1, 2 * TILE + 777]
 
 def normal(numel: int, scale: float, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def steps_of(payload: Tensor) -> Tensor:
+    return lattice_fields(payload)[0].float().flatten()
 
 
 def encoded(x: Tensor, motion: Tensor | None, *, compiled: bool = False) -> Tensor:
@@ -31,7 +35,7 @@ def decoded(payload: Tensor, near: Tensor, *, compiled: bool = False) -> tuple[T
 
 
 def steps_per_value(payload: Tensor, numel: int) -> Tensor:
-    return lattice_steps(payload).repeat_interleave(256)[:numel]
+    return steps_of(payload).repeat_interleave(256)[:numel]
 
 
 @pytest.mark.parametrize("numel", SIZES)
@@ -63,8 +67,8 @@ def test_everybody_near_decodes_the_same_values() -> None:
 def test_the_step_follows_the_motion() -> None:
     x, motion = normal(2560, 0.02), normal(2560, 1e-4, seed=1)
     rms = motion.view(-1, 256).square().mean(dim=1).sqrt()
-    torch.testing.assert_close(lattice_steps(encoded(x, motion)), 5 * rms / 8, rtol=0.01, atol=0.0)
-    torch.testing.assert_close(lattice_steps(encoded(x, 10 * motion)), 50 * rms / 8, rtol=0.01, atol=0.0)
+    torch.testing.assert_close(steps_of(encoded(x, motion)), 5 * rms / 8, rtol=0.01, atol=0.0)
+    torch.testing.assert_close(steps_of(encoded(x, 10 * motion)), 50 * rms / 8, rtol=0.01, atol=0.0)
 
 
 def test_without_motion_the_step_is_as_fine_as_fp32_allows() -> None:
@@ -111,7 +115,7 @@ def test_two_wrapped_values_never_cancel(first: int, second: int) -> None:
     """A plain sum of the coordinates would not see two values that wrapped in opposite directions."""
     x, motion = normal(256, 0.02), normal(256, 1e-4, seed=1)
     payload = encoded(x, motion)
-    window = 16 * float(lattice_steps(payload)[0])
+    window = 16 * float(steps_of(payload)[0])
     for other in range(1, 256):
         near = x.clone()
         near[0] += first * window

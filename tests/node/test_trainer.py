@@ -70,6 +70,18 @@ def test_other_weights_are_measured_without_touching_ours(tmp_path: Path) -> Non
     assert trainer.flat.is_intact()
 
 
+def test_who_adopts_a_state_in_the_middle_of_a_round_claims_nothing_of_it(tmp_path: Path) -> None:
+    signed, store = tiny_run(tmp_path)
+    donor, astray = trainer_of(signed.manifest, store), trainer_of(signed.manifest, store)
+    batches = batches_of(signed.manifest, store)
+    for _ in range(3):
+        astray.step(batches, 2)
+    assert astray.optimizer.state
+    astray.adopt(astray.read_snapshot(donor.snapshot()), 7)
+    assert astray.tokens_in_round == 0
+    assert not astray.optimizer.state
+
+
 def test_adopting_a_snapshot_starts_from_it(tmp_path: Path) -> None:
     signed, store = tiny_run(tmp_path)
     donor, batches = trainer_of(signed.manifest, store), batches_of(signed.manifest, store)
