@@ -22,7 +22,7 @@ from protocol.dht_rules import Validator
 from protocol.errors import DeadlineError, PeerUnreachableError, UserError
 from protocol.ids import PeerId
 from protocol.incoming import Incoming
-from protocol.memory_dht import NUM_REPLICAS, Keyspace, MemoryDht, position_of
+from protocol.memory_dht import NUM_REPLICAS, Holder, Keyspace, MemoryDht, position_of
 from protocol.memory_links import Chance, CountedWire, Counts, LinkTable, draw_latency_s
 from protocol.memory_stream import LinkSpec, MemoryStream, Pipe
 from protocol.transport import Handler, Stream, Traffic, Transport
@@ -48,7 +48,7 @@ class MemoryNetwork:
     def __init__(self, *, seed: int = 0, link: LinkSpec | None = None, links: LinkTable | None = None) -> None:
         self.transports: dict[PeerId, MemoryTransport] = {}
         self.keyspace = Keyspace()
-        self._holders: dict[str, list[MemoryTransport]] = {}
+        self._holders: dict[str, list[Holder]] = {}
         """What `nearest` has found since anybody came or went; not used while the network is split."""
         self._random = random.Random(seed)
         self._chance = Chance(seed)
@@ -138,7 +138,7 @@ class MemoryNetwork:
         """Whether bytes flow between the two, as far as partitions go."""
         return self._groups.get(a, 0) == self._groups.get(b, 0)
 
-    def nearest(self, key: str, asker: PeerId) -> list[MemoryTransport]:
+    def nearest(self, key: str, asker: PeerId) -> list[Holder]:
         """The live peers that hold records under `key`, as far as `asker` reaches them."""
         if self._groups:
             near = self.keyspace.nearest(position_of(key))

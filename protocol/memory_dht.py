@@ -11,16 +11,15 @@ import asyncio
 import hashlib
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from protocol.dht_rules import MAX_TTL_S, Validator, is_admissible
+from protocol.ids import PeerId
+from protocol.memory_links import Counts
 from protocol.transport import Dht, DhtEntry
 
-if TYPE_CHECKING:
-    from protocol.memory import MemoryTransport
-
-__all__ = ["NUM_REPLICAS", "Keyspace", "MemoryDht", "position_of"]
+__all__ = ["NUM_REPLICAS", "Holder", "Keyspace", "MemoryDht", "Neighbourhood", "position_of"]
 
 NUM_REPLICAS = 8
 _BUCKET_SIZE = 20
@@ -35,27 +34,52 @@ def position_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest())
 
 
+class Neighbourhood(Protocol):
+    """What the table asks of the network; see protocol/memory.py."""
+
+    keyspace: Keyspace
+
+    def now_s(self) -> float: ...
+
+    def nearest(self, key: str, asker: PeerId) -> Sequence[Holder]: ...
+
+    def dht_hop_s(self, peer: PeerId, *what: object) -> float: ...
+
+
+class Holder(Protocol):
+    """A peer as far as the table is concerned."""
+
+    peer_id: PeerId
+    position: int
+    alive: bool
+    counts: Counts
+    dht: MemoryDht
+
+    @property
+    def network(self) -> Neighbourhood: ...
+
+
 class Keyspace:
     """The live peers in the order of their positions, so that those nearest to a key are found without looking at all."""
 
     def __init__(self) -> None:
         self._positions: list[int] = []
-        self._holders: dict[int, MemoryTransport] = {}
+        self._holders: dict[int, Holder] = {}
 
     def __len__(self) -> int:
         return len(self._positions)
 
-    def add(self, holder: MemoryTransport) -> None:
+    def add(self, holder: Holder) -> None:
         """Let `holder` hold records."""
         insort(self._positions, holder.position)
         self._holders[holder.position] = holder
 
-    def remove(self, holder: MemoryTransport) -> None:
+    def remove(self, holder: Holder) -> None:
         """The opposite of `add`."""
         del self._positions[bisect_left(self._positions, holder.position)]
         del self._holders[holder.position]
 
-    def nearest(self, target: int) -> Iterator[MemoryTransport]:
+    def nearest(self, target: int) -> Iterator[Holder]:
         """All peers by their XOR distance from `target`; the peers must not change meanwhile."""
         stack = [(0, len(self._positions), _POSITION_BITS - 1)]
         while stack:
@@ -72,7 +96,7 @@ class Keyspace:
 class MemoryDht(Dht):
     """One peer's view of the network's table, and its own share of it."""
 
-    def __init__(self, transport: MemoryTransport, validator: Validator | None) -> None:
+    def __init__(self, transport: Holder, validator: Validator | None) -> None:
         self.table: dict[str, dict[str, DhtEntry]] = {}
         self._transport = transport
         self.validator = validator

@@ -53,7 +53,7 @@ def test_holders_follow_who_comes_and_goes() -> None:
         for peer in peers[:20]:
             network.add(peer)
         first = network.nearest("k", peers[0].peer_id)
-        network.remove(first[0])
+        network.remove(next(peer for peer in peers if peer is first[0]))
         assert network.nearest("k", peers[0].peer_id)[: len(first) - 1] == first[1:]
         for peer in peers[20:]:
             network.add(peer)
