@@ -125,7 +125,8 @@ def summary(sweep: Sequence[Cell], known: dict[str, dict[str, Any]]) -> dict[str
             ]
             if lines:
                 row[method] = _statistics(lines)
-        table[str(number)] = row
+        if row:
+            table[str(number)] = row
     return table
 
 
@@ -155,7 +156,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, "moonshot"], choices=[*METHODS, *ATTEMPTS])
+    parser.add_argument(
+        "--methods", nargs="+", default=[], choices=[*METHODS, *ATTEMPTS], help="default: those of the table"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="forget the stored runs")
@@ -163,7 +166,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.fresh:
         arguments.results.unlink(missing_ok=True)
-    sweep = cells(arguments.methods, replicas=arguments.replicas, seeds=arguments.seeds, steps=arguments.steps)
+    table_methods = [*METHODS, *ATTEMPTS] if arguments.stored else [*METHODS, "moonshot"]
+    sweep = cells(
+        arguments.methods or table_methods, replicas=arguments.replicas, seeds=arguments.seeds, steps=arguments.steps
+    )
     known = stored(arguments.results)
     if not arguments.stored:
         run_missing(sweep, arguments.results, jobs=arguments.jobs, known=known)
