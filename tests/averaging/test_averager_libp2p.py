@@ -41,6 +41,8 @@ async def real_swarm(folder: Path, num_peers: int) -> AsyncIterator[list[tuple[L
                 max_lag_rounds=1,
             )
             peers.append((transport, await stack.enter_async_context(averager)))
+        for transport, _ in peers:
+            await transport.addresses()  # its p2pd knows the protocol now
         yield peers
 
 
