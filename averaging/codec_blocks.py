@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from averaging.codec_interface import Codec
@@ -185,18 +184,3 @@ class LatticeCodec(Codec):
 
     def decode(self, payload: Tensor, out: Tensor, *, start: int = 0, near: Tensor | None = None) -> int:
         return lattice_decode(payload, out, near=near, start=start, compiled=self._compiled)
-
-    def decode_add(
-        self,
-        payload: Tensor,
-        out: Tensor,
-        *,
-        weight: float,
-        start: int = 0,
-        scratch: Tensor | None = None,
-        near: Tensor | None = None,
-    ) -> int:
-        value = torch.empty_like(out) if scratch is None else scratch[: out.numel()]
-        unreadable = lattice_decode(payload, value, near=near, start=start, compiled=self._compiled)
-        out.add_(value, alpha=weight)
-        return unreadable

@@ -65,7 +65,6 @@ class Codec(ABC):
             How many blocks could not be read, so that `near` stands in their place; always 0 but for the lattice.
         """
 
-    @abstractmethod
     def decode_add(
         self,
         payload: Tensor,
@@ -77,6 +76,10 @@ class Codec(ABC):
         near: Tensor | None = None,
     ) -> int:
         """Read and accumulate: out ← out + weight × decoded; `scratch` is fp32 [≥ n] apart from out, the rest as in `decode`."""
+        value = torch.empty_like(out) if scratch is None else scratch[: out.numel()]
+        num_unreadable = self.decode(payload, value, start=start, near=near)
+        out.add_(value, alpha=weight)
+        return num_unreadable
 
 
 class CastCodec(Codec):
@@ -102,19 +105,6 @@ class CastCodec(Codec):
 
     def decode(self, payload: Tensor, out: Tensor, *, start: int = 0, near: Tensor | None = None) -> int:
         out.copy_(self._slice(payload, start, out.numel()))
-        return 0
-
-    def decode_add(
-        self,
-        payload: Tensor,
-        out: Tensor,
-        *,
-        weight: float,
-        start: int = 0,
-        scratch: Tensor | None = None,
-        near: Tensor | None = None,
-    ) -> int:
-        out.add_(self._slice(payload, start, out.numel()), alpha=weight)
         return 0
 
     def _slice(self, payload: Tensor, start: int, numel: int) -> Tensor:

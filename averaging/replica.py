@@ -179,7 +179,7 @@ class Replica:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `state_dict` returned; an exchange under way is forgotten, its progress stays in θ − φ.
+        """Copy what `state_dict` returned; an exchange under way is forgotten, its progress stays in θ.
 
         Raises:
             ValueError: a tensor is missing or has another shape; nothing is changed.

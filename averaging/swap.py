@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from averaging.exchange import Exchange, Progress
 from averaging.exchange_messages import Ack, Offer, payload_hash
@@ -33,14 +34,14 @@ class SideBuffer:
     took a sixth of an exchange's time in this process."""
 
     def __init__(self) -> None:
-        self._memory: object = b""
+        self._memory: Any = b""
 
     def take(self, num_bytes: int) -> memoryview:
         """A buffer that nobody else looks at: the last one if no view of it is left, else a new one."""
         is_free = sys.getrefcount(self._memory) == _REFERENCES_OF_A_FREE_BUFFER
-        if not is_free or len(self._memory) < num_bytes:  # type: ignore[arg-type]
+        if not is_free or len(self._memory) < num_bytes:
             self._memory = bulk_buffer(num_bytes).obj
-        return memoryview(self._memory)[:num_bytes]  # type: ignore[arg-type]
+        return memoryview(self._memory)[:num_bytes]
 
 
 async def describe(update: Update) -> Progress:

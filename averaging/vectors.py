@@ -19,7 +19,7 @@ class Vectors:
 
     Args:
         theta: θ, the model's own weights.
-        phi: φ, the slow weights; with pair averaging the weights as they were packed last.
+        phi: φ, the slow weights; with pair averaging θ after the last step (averaging/fused.py keeps packed θ there meanwhile).
         momentum: δ.
         residual: what the Δ codec lost so far.
         anchor: θ as it was packed; may be φ itself (averaging/fused.py).

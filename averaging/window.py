@@ -8,10 +8,10 @@ progress, lost exchanges, a partition) and on the layer. A fixed multiple that i
 can not be read, so nothing pulls the replicas together, so they drift further apart (measured: at 5·rms(δ) all exchanges fail
 when half of the progress is private). So the estimate follows what was found:
 
-    could be read         d ← max(1.7·rms(theirs − ours), 0.8·d), at most 2·d
-    could not be read     d ← max(2·theirs, 0.8·d), at most 2·d; `theirs` is the d that the partner's step tells
-    hardly any block      d ← 2·d, everywhere
-    nobody to average with      d ← d + what the block moves in the next round
+    could be read             d ← max(1.7·rms(theirs − ours), 0.8·d), at most 2·d
+    could not be read         d ← max(2·theirs, 0.8·d), at most 2·d; `theirs` is the d that the partner's step tells
+    hardly any block          d ← 2·d, everywhere
+    nobody to average with    d ← d + what the block moves in the next round
 
 That an update can not be read says that ITS window was too small, hence the second line. Doubling at most, and forgetting by 0.8,
 bounds what liars can do: below a quarter of the partners they can not hold the window open. d is kept between 2⁻¹² and 1 times

@@ -5,9 +5,10 @@
     Q8 code: int8, 256 per block    Q4 code: code + 7 in four bits, 64 per block    E3M0: see kernels/powers.py
 
 Codes are computed from the rounded scale, so the scale's own rounding adds no error. Rounding is to nearest where what it loses
-is carried over to the next round (error feedback: unbiased over time, less noise), and stochastic where nothing carries it:
-code = floor(x / scale + noise), unbiased in the value, with the scale rounded up so that no code needs clamping. A
-block that holds NaN or Inf decodes to a block that holds NaN or Inf; receivers must check.
+is carried over to the next round (error feedback: unbiased over time, less noise), and in all that runs send: for φ and θ it
+brings replicas nearer, too (docs/LOG.md). On request it is stochastic, for values that nothing carries:
+code = floor(x / scale + noise), unbiased in the value, with the scale rounded up so that no code needs clamping. A block that
+holds NaN or Inf decodes to a block that holds NaN or Inf; receivers must check.
 
 `encode_reference` and `decode_reference` say the same in the most obvious way, for the tests.
 

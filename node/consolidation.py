@@ -12,7 +12,6 @@ per step any more, and that it agrees with its partners by having all steps of i
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from averaging.averager import Averager
 from averaging.consolidation import Consolidation, num_rounds
 from node.compute import Compute
 from node.events import EventLog
+from node.mixing import foreign_bucket
 from node.progress import Progress
 from node.trainer import Trainer
 from protocol.directory import Directory
@@ -198,9 +198,7 @@ class Consolidator:
         return self._sync.exchange_timeout_s * max(1.0, ratio)
 
     async def _look(self) -> None:
-        # In a large swarm this also reads the bucket that the round's lot names, so that peers of all buckets mix.
-        lot = hashlib.sha256(f"{self._run}/bucket/{self._round}".encode()).digest()
-        await self._directory.refresh(extra=lot)
+        await self._directory.refresh(extra=foreign_bucket(self._run, self._round, self._identity.peer_id))
 
     def _others(self) -> dict[PeerId, PeerRecord]:
         records = self._directory.peers

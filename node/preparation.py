@@ -8,12 +8,12 @@ see which round the others are in now. What is not there in time goes on in the 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 
 from model.batches import RoundBatches
 from node.dataset import BatchSource
+from node.mixing import foreign_bucket
 from protocol.directory import Directory
-from protocol.ids import RunId
+from protocol.ids import PeerId, RunId
 
 __all__ = ["LEAD_S", "Preparation"]
 
@@ -29,10 +29,13 @@ class Preparation:
     Args:
         tasks: group to run them in; `cancel` ends them.
         run: whose directory it is.
+        peer: ourselves.
     """
 
-    def __init__(self, tasks: asyncio.TaskGroup, *, source: BatchSource, directory: Directory, run: RunId) -> None:
-        self._tasks, self._source, self._directory, self._run = tasks, source, directory, run
+    def __init__(
+        self, tasks: asyncio.TaskGroup, *, source: BatchSource, directory: Directory, run: RunId, peer: PeerId
+    ) -> None:
+        self._tasks, self._source, self._directory, self._run, self._peer = tasks, source, directory, run, peer
         self._prefetch: asyncio.Task[None] | None = None
         self._look: asyncio.Task[None] | None = None
         self._looked_at_s = 0.0
@@ -79,6 +82,4 @@ class Preparation:
         return self._batches
 
     async def _look_around(self, round: int) -> None:
-        # In a large swarm this also reads the bucket that the round's lot names, so that peers of all buckets mix.
-        lot = hashlib.sha256(f"{self._run}/bucket/{round}".encode()).digest()
-        await self._directory.refresh(extra=lot)
+        await self._directory.refresh(extra=foreign_bucket(self._run, round, self._peer))

@@ -113,7 +113,13 @@ class RoundLoop:
         pending: asyncio.Task[None] | None = None
         evaluation = Evaluation(self._trainer, self._compute)
         async with asyncio.TaskGroup() as tasks:
-            preparation = Preparation(tasks, source=self._source, directory=self._directory, run=self._manifest.run_id)
+            preparation = Preparation(
+                tasks,
+                source=self._source,
+                directory=self._directory,
+                run=self._manifest.run_id,
+                peer=self._progress.peer,
+            )
             while not self._stopping.is_set() and not self._finished(total):
                 preparation.begin(self._trainer.round)
                 await self._inner_steps(preparation, pending)

@@ -27,7 +27,12 @@ def line() -> Iterator[Namespaces]:
 @pytest.fixture
 def pair(line: Namespaces, tmp_path: Path) -> Iterator[tuple[NodeProcess, NodeProcess]]:
     """A trainer at each end, the bootstrap node beside the first."""
-    settings = RUN_SETTINGS | {"sync.inner_steps": 90}
+    settings = RUN_SETTINGS | {
+        "sync.inner_steps": 90,
+        "sync.theta_only": False,
+        "sync.delta_codec": "q8",
+        "sync.slow_codec": "bf16",
+    }
     with Swarm(tmp_path, settings) as swarm:
         listen = [f"--listen=/ip4/{host}/tcp/0" for host in line.hosts]
         bootstrap = swarm.start("bootstrap", "bootstrap", str(tmp_path / "run.toml"), listen[0], prefix=line.inside(0))

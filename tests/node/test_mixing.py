@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from typing import Any
 
 from node.mixing import foreign_bucket
+from node.preparation import Preparation
 from protocol.ids import PeerId, RunId
+from protocol.virtual_time import run_virtual
 
 RUN = RunId("5a" * 32)
 PEERS = [PeerId(f"peer {number}") for number in range(200)]
@@ -35,3 +39,26 @@ def test_over_the_rounds_a_bucket_meets_all_others() -> None:
 def test_runs_and_rounds_draw_different_lots() -> None:
     lots = {foreign_bucket(run, round, PEERS[0]) for run in (RUN, RunId("6b" * 32)) for round in range(3)}
     assert len(lots) == 6
+
+
+def test_a_training_peer_reads_the_bucket_that_reads_its_own() -> None:
+    read: list[bytes | None] = []
+
+    class Idle:
+        """No data, and a directory that remembers what it was asked for."""
+
+        async def batches(self, round: int) -> None: ...
+
+        async def refresh(self, *, extra: bytes | None = None) -> None:
+            read.append(extra)
+
+    async def story() -> None:
+        idle: Any = Idle()
+        for peer in PEERS[:2]:
+            async with asyncio.TaskGroup() as tasks:
+                preparation = Preparation(tasks, source=idle, directory=idle, run=RUN, peer=peer)
+                preparation.end(5, steps_left=1)
+                await preparation.looked(timeout_s=1.0)
+
+    run_virtual(story())
+    assert read == [foreign_bucket(RUN, 5, peer) for peer in PEERS[:2]]
