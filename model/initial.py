@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.stage import Stage
 from model.transformer import Transformer
 
 __all__ = ["initialise", "weights_sha256"]
@@ -28,11 +29,11 @@ _CHUNK = 1 << 20  # values drawn at a time; even, since one 64-bit word gives tw
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
 
-def initialise(model: Transformer, seed: int) -> None:
+def initialise(model: Transformer | Stage, seed: int) -> None:
     """Set every parameter in place from the seed.
 
     Args:
-        model: on any device; parameters of any memory layout.
+        model: whole or one stage, on any device; parameters of any memory layout.
         seed: the run's seed, 0 ≤ seed < 2⁶³.
     """
     residual_std = _STD / math.sqrt(2 * model.config.num_layers)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from node.pipeline.command import plan
 from protocol.errors import UserError
 from protocol.manifest import describe_fields
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 identity_app = typer.Typer(no_args_is_help=True, help="Show, back up or restore this peer's key.")
 app.add_typer(identity_app, name="identity")
+app.command()(plan)
 
 HomeOption = Annotated[
     Path | None, typer.Option("--home", help="Folder of this node's key, data and checkpoints [default: ~/.llm-node]")

@@ -255,7 +255,28 @@ def _wide_axes(lines: Mapping[str, list[Point]]) -> str:
     return "".join(letter for letter, (low, high) in ends.items() if 0 < 30 * low < high)
 
 
+def _schedule(result: Mapping[str, Any]) -> Iterator[Picture]:
+    panels = []
+    for name, case in result.items():
+        fields = {
+            "iteration_s": "ours",
+            "bound_s": "bound",
+            "reference_s": "SkipPipe",
+            "full_pipeline_s": "full pipeline",
+        }
+        rows: list[Row] = [
+            (label, seconds, [], key == "iteration_s")
+            for key, label in fields.items()
+            if (seconds := middle(pick(case, key))) is not None
+        ]
+        panels.append(Bars(name.replace("_", " "), "seconds per iteration", rows))
+    yield Picture(
+        "schedule", "Seconds per iteration by case: ours, the bound, SkipPipe's planner, and no stage skipped", panels
+    )
+
+
 PICTURES: dict[str, Callable[[Mapping[str, Any]], Iterator[Picture]]] = {
+    "schedule": _schedule,
     "sync": _sync,
     "codecs": _codecs,
     "scale": _scale,

@@ -190,9 +190,18 @@ def _convergence(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{count} peers: {known}"
 
 
+def _schedule(result: Mapping[str, Any]) -> Iterator[str]:
+    for name, case in result.items():
+        ours, full, reference = (pick(case, key) for key in ("iteration_s", "full_pipeline_s", "reference_s"))
+        if ours and full:
+            known = f", SkipPipe's planner {cell(reference)} s" if reference else ""
+            yield f"{_words(name)} {cell(ours)} s, full pipeline {cell(full)} s{known}"
+
+
 HEADLINES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "codecs": _codecs,
     "convergence": _convergence,
+    "schedule": _schedule,
     "swarm": _swarm,
     "sync": _sync,
     "utilisation": _utilisation,

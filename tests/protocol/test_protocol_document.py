@@ -9,6 +9,7 @@ from averaging.exchange_messages import Ack, Answer, Offer, Propose, payload_has
 from averaging.pairing import priority
 from averaging.search import PROTOCOL as EXCHANGE_PROTOCOL
 from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL
+from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCOL, InputRequest, Notice, Reply, Task
 from protocol.blob_server import BLOB_PROTOCOL, BlobReply, BlobRequest
 from protocol.directory import bucket_key
 from protocol.identity import Identity
@@ -48,11 +49,13 @@ def test_vectors() -> None:
 def test_names_limits_and_fields_are_there() -> None:
     for name in (MANIFEST_PROTOCOL, STATUS_PROTOCOL, BLOB_PROTOCOL, EXCHANGE_PROTOCOL):
         assert f": `{name}`" in TEXT
+    for name in (TASK_PROTOCOL, INPUT_PROTOCOL, NOTICE_PROTOCOL):
+        assert f"`{name}`" in TEXT
     for limit in (MAX_HEADER_BYTES, MAX_DOCUMENT_BYTES):
         assert f"{limit:,}" in TEXT
     for field in PeerRecord.model_fields:
         assert f"`{field}`" in TEXT
-    for message in (Propose, Answer, Offer, Ack):
+    for message in (Propose, Answer, Offer, Ack, Task, Reply, InputRequest, Notice):
         row = next(line for line in TEXT.splitlines() if line.startswith(f"| {message.__name__} |"))
         places = [row.index(f"`{field}`") for field in message.model_fields]
         assert places == sorted(places), "the order of the fields is the order in the signed statement"

@@ -1,0 +1,56 @@
+"""`llm-node plan`: plan a case file and show what was found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from protocol.errors import UserError
+
+__all__ = ["plan"]
+
+PICTURES = (".svg", ".png")
+
+
+def plan(
+    case: Annotated[Path, typer.Argument(help="Case file; docs/PIPELINE.md has the format.", metavar="CASE.json")],
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, max=86_400.0, help="Time to search.")] = 30.0,
+    out: Annotated[Path | None, typer.Option("--out", metavar="PLAN.json", help="Write the plan here.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--gantt", metavar="FILE", help="Draw who works when: .svg or .png.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Plan a full pipeline instead: no stage is skipped.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the search.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON instead.")] = False,
+) -> None:
+    """Plan a pipeline: which node holds which stage, which way every microbatch goes, and how long an iteration takes."""
+    from node.pipeline.case import load_case
+    from node.pipeline.solver import solve
+    from node.pipeline.view import draw_gantt, render_solution
+    from node.simulate_plots import check_plotting
+
+    if picture is not None:
+        if picture.suffix not in PICTURES:
+            raise UserError(f"--gantt {picture} must end with .svg or .png; choose another name")
+        check_plotting()
+    for file in (out, picture):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"cannot write {file}: there is no such folder; make it or choose another file")
+    problem = load_case(case)
+    if full:
+        problem = problem.full_pipeline()
+    solution = solve(problem, seconds=seconds, seed=seed)
+    if picture is not None:
+        draw_gantt(problem, solution, picture)
+    if out is not None:
+        out.write_text(json.dumps(solution.plan.to_json()) + "\n", encoding="utf-8")
+    if as_json:
+        facts = {"iteration_s": solution.iteration_s, "bound_s": solution.bound_s, "solver_s": solution.solver_s}
+        sys.stdout.write(json.dumps({"case": problem.name, **facts, "plan": solution.plan.to_json()}) + "\n")
+    else:
+        Console().print(render_solution(problem, solution))

@@ -1,0 +1,190 @@
+"""Giving a microbatch to the next peer, and finding another way when that fails.
+
+Whoever holds a microbatch is answerable for it until somebody else has it: it tries the next peer of the path; then other replicas
+of that peer's stage; then, going forward, the path without that stage, if the rules allow it; and then it tells the origin
+that the microbatch is lost. Nothing here waits longer than `hop_timeout_s` for one peer.
+
+Nothing counts twice. Forward passes may be run by two peers when one was given up and is alive after all: only one of them reaches
+the origin first, and the loss is taken once. A backward pass counts where the holder says so, once it has been computed; a
+holder says so at most once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCOL, InputRequest, Notice, Reply, Task
+from node.pipeline.rules import is_order
+from protocol.errors import LlmNodeError, ProtocolError
+from protocol.ids import PeerId, RunId
+from protocol.transport import Transport
+from protocol.wire import read_bulk, read_message, write_bulk, write_message
+
+__all__ = ["Handover", "Router", "StageTerms"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTerms:
+    """What a stage peer and those around it have agreed on.
+
+    Args:
+        run: the run.
+        peer: ourselves.
+        payload_bytes: of activations, and of their gradients.
+        slots: microbatches between forward and backward pass.
+        waiting: microbatches taken in beyond that.
+        hop_timeout_s: how long the holder waits for one peer to take over, its queue and its work included.
+        may_skip: whether a stage without a live replica may be left out.
+    """
+
+    run: RunId
+    peer: PeerId
+    payload_bytes: int
+    slots: int
+    waiting: int = 4
+    hop_timeout_s: float = 30.0
+    may_skip: bool = True
+
+
+class Router(Protocol):
+    """Who holds what, as far as this peer knows."""
+
+    def stage_of(self, peer: PeerId) -> int | None:
+        """The stage that a peer holds; None for a stranger."""
+
+    def replicas(self, peer: PeerId) -> list[PeerId]:
+        """The other peers of that peer's stage, the best to ask first."""
+
+
+class Handover:
+    """The outgoing side of a stage peer."""
+
+    def __init__(self, terms: StageTerms, transport: Transport, router: Router) -> None:
+        self._terms, self._transport, self._router = terms, transport, router
+
+    async def forward(self, task: Task, payload: memoryview, taken: asyncio.Future[bool]) -> bool:
+        """Pass activations on.
+
+        Args:
+            task: the forward task that we have just done.
+            payload: what came out.
+            taken: is set to whether somebody has taken the microbatch, as soon as that is known.
+
+        Returns:
+            Whether it has got further than the next peer, or the next peer answers for it now. If not, it is lost.
+        """
+        try:
+            for way in self._ways(task):
+                if await self._give(way, payload, taken):
+                    return True
+            await self.lose(task)
+            return False
+        finally:
+            if not taken.done():
+                taken.set_result(False)
+
+    async def backward(self, task: Task, payload: memoryview) -> bool:
+        """Pass a gradient back to `task.position` of the path; True once that peer has computed and was told to count it."""
+        position = task.position
+        ways = [task.model_copy(update={"kind": "backward"})]
+        if position > 0:
+            for replica in self._replacements(task.path, position):
+                path = [*task.path[:position], replica, *task.path[position + 1 :]]
+                ways.append(task.model_copy(update={"kind": "again", "path": path}))
+        for way in ways:
+            decided = await self._give_back(way, payload)
+            if decided is not None:
+                return decided
+        await self.lose(task)
+        return False
+
+    async def input_of(self, task: Task) -> bytes:
+        """What the peer before `task.position` sent on in its forward pass.
+
+        Raises:
+            TransportError, ProtocolError: it does not have it any more.
+        """
+        request = InputRequest(run=task.run, iteration=task.iteration, origin=task.path[0], microbatch=task.microbatch)
+        before = PeerId(task.path[task.position - 1])
+        async with asyncio.timeout(self._terms.hop_timeout_s):
+            async with await self._transport.open(before, INPUT_PROTOCOL) as stream:
+                await write_message(stream, request)
+                if not (await read_message(stream, Reply)).ok:
+                    raise ProtocolError("the input of a microbatch is gone")
+                return bytes(await read_bulk(stream, self._terms.payload_bytes))
+
+    async def lose(self, task: Task) -> None:
+        """Tell the origin that a microbatch goes no further; it knows by itself if that is us."""
+        if task.path[0] == self._terms.peer:
+            return
+        kind: Literal["lost", "lost-gradient"] = "lost" if task.kind == "forward" else "lost-gradient"
+        notice = Notice(run=task.run, iteration=task.iteration, kind=kind, microbatch=task.microbatch)
+        await self.notify(PeerId(task.path[0]), notice)
+
+    async def notify(self, peer: PeerId, notice: Notice) -> None:
+        """Send a notice; one that does not arrive costs the receiver its deadline, and nothing else."""
+        with contextlib.suppress(LlmNodeError, TimeoutError):
+            async with asyncio.timeout(self._terms.hop_timeout_s):
+                async with await self._transport.open(peer, NOTICE_PROTOCOL) as stream:
+                    await write_message(stream, notice)
+
+    # ---- ways
+
+    def _ways(self, task: Task) -> Iterator[Task]:
+        """The tasks that could follow a forward pass, the planned one first."""
+        following, path = task.position + 1, task.path
+        if following == len(path):
+            yield task.model_copy(update={"kind": "loss", "position": 0})
+            return
+        yield task.model_copy(update={"position": following})
+        for replica in self._replacements(path, following):
+            other = [*path[:following], replica, *path[following + 1 :]]
+            yield task.model_copy(update={"position": following, "path": other})
+        shorter = [*path[:following], *path[following + 1 :]]
+        stages = [self._router.stage_of(PeerId(peer)) for peer in shorter]
+        if self._terms.may_skip and None not in stages and is_order([stage for stage in stages if stage is not None]):
+            yield from self._ways(task.model_copy(update={"path": shorter}))
+
+    def _replacements(self, path: list[str], position: int) -> list[PeerId]:
+        return [peer for peer in self._router.replicas(PeerId(path[position])) if peer not in path]
+
+    # ---- one peer
+
+    async def _give(self, task: Task, payload: memoryview, taken: asyncio.Future[bool]) -> bool:
+        """Hand activations to one peer, and wait until it answers for them no more."""
+        try:
+            async with asyncio.timeout(self._terms.hop_timeout_s) as limit:
+                async with await self._transport.open(PeerId(task.path[task.position]), TASK_PROTOCOL) as stream:
+                    await write_message(stream, task)
+                    if not (await read_message(stream, Reply)).ok:
+                        return False
+                    await write_bulk(stream, payload)
+                    if not taken.done():
+                        taken.set_result(True)
+                    limit.reschedule(asyncio.get_running_loop().time() + self._terms.hop_timeout_s)
+                    return (await read_message(stream, Reply)).ok
+        except (LlmNodeError, TimeoutError):
+            return False
+
+    async def _give_back(self, task: Task, payload: memoryview) -> bool | None:
+        """Hand a gradient to one peer. True or False: it was told to count, which succeeded as far as we know or not; None: it was
+        not, so another may be asked."""
+        has_computed = False
+        try:
+            async with asyncio.timeout(self._terms.hop_timeout_s):
+                async with await self._transport.open(PeerId(task.path[task.position]), TASK_PROTOCOL) as stream:
+                    await write_message(stream, task)
+                    if not (await read_message(stream, Reply)).ok:
+                        return None
+                    await write_bulk(stream, payload)
+                    if not (await read_message(stream, Reply)).ok:
+                        return None
+                    has_computed = True
+                    await write_message(stream, Reply(ok=True))
+                    return True
+        except (LlmNodeError, TimeoutError):
+            return False if has_computed else None  # it may have heard it: nobody else is asked

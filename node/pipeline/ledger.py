@@ -1,0 +1,180 @@
+"""Which microbatches are here, in which iteration, and whether a task that comes in fits.
+
+A visit belongs to one iteration, and so to one version of the weights. Tasks of an earlier iteration are refused, those of the next
+one wait until it begins here. An iteration ends when every origin has said so, or when its deadline makes the node go on; what has
+not come back by then is forgotten and counts nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from node.pipeline.handover import Router, StageTerms
+from node.pipeline.messages import Refusal, Task
+from node.pipeline.rules import is_order
+from node.pipeline.turnstile import Turnstile
+from node.pipeline.worker import MicrobatchKey
+from protocol.errors import LlmNodeError
+from protocol.ids import PeerId
+
+__all__ = ["Held", "Ledger", "MicrobatchLostError", "key_of"]
+
+
+class MicrobatchLostError(LlmNodeError):
+    """A microbatch did not come back to its origin."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Held:
+    """A microbatch that is here, or was and will come back.
+
+    Args:
+        path: the way it has gone and will go, as far as we know.
+        has_slot: whether it holds one.
+        sent: what we passed on, for a replica that must run the next stage again.
+        phase: out until its gradient is on its way here; turned at the origin from the loss on; back once its backward pass has
+            begun.
+        loss: at the origin, once it is known.
+        finished: at the origin: the loss, once everything is counted.
+    """
+
+    path: list[str]
+    has_slot: bool = False
+    sent: memoryview | None = None
+    phase: Literal["out", "turned", "back"] = "out"
+    loss: float | None = None
+    finished: asyncio.Future[float] | None = None
+
+    def lose(self, reason: str) -> None:
+        """At the origin: it will not come back."""
+        if self.finished is not None and not self.finished.done():
+            self.finished.set_exception(MicrobatchLostError(reason))
+            self.finished.exception()  # nobody may be waiting any more
+
+
+class Ledger:
+    """What one stage peer holds.
+
+    Args:
+        terms: what was agreed on.
+        router: who holds what.
+        turnstile: gets slots back.
+        on_forget: called with every microbatch that leaves.
+    """
+
+    def __init__(
+        self, terms: StageTerms, router: Router, turnstile: Turnstile, on_forget: Callable[[MicrobatchKey], None]
+    ) -> None:
+        self.iteration = 0
+        self._terms, self._router, self._turnstile, self._on_forget = terms, router, turnstile, on_forget
+        self._held: dict[MicrobatchKey, Held] = {}
+        self._ended: set[PeerId] = set()
+        self._changed = asyncio.Event()
+
+    # ---- microbatches
+
+    def take(self, key: MicrobatchKey, held: Held) -> None:
+        """Keep a microbatch that was not here."""
+        assert key not in self._held
+        self._held[key] = held
+
+    def get(self, task: Task) -> Held | None:
+        """The microbatch of a task, if it is here and of the present iteration."""
+        return self._held.get(key_of(task)) if task.iteration == self.iteration else None
+
+    def find(self, key: MicrobatchKey) -> Held | None:
+        """A microbatch of the present iteration."""
+        return self._held.get(key)
+
+    def sent(self, key: MicrobatchKey, iteration: int) -> memoryview | None:
+        """What was passed on for a microbatch."""
+        held = self._held.get(key)
+        return None if held is None or iteration != self.iteration else held.sent
+
+    def forget(self, key: MicrobatchKey) -> None:
+        """Let a microbatch go; harmless for one that is not here."""
+        held = self._held.pop(key, None)
+        if held is not None:
+            self.free_slot(held)
+            self._on_forget(key)
+
+    def free_slot(self, held: Held) -> None:
+        """Give its slot back, if it has one."""
+        if held.has_slot:
+            held.has_slot = False
+            self._turnstile.give_back()
+
+    # ---- iterations
+
+    def has_ended(self, peer: PeerId) -> None:
+        """A peer of stage 0 has no microbatch of this iteration under way any more."""
+        self._ended.add(peer)
+        self._change()
+
+    async def wait_for_end(self, origins: Iterable[PeerId]) -> None:
+        """Until all of these have said that the iteration ended."""
+        wanted = set(origins)
+        while not wanted <= self._ended:
+            await self._changed.wait()
+
+    def next_iteration(self) -> None:
+        """Forget everything, and begin the next iteration."""
+        for key, held in list(self._held.items()):
+            held.lose("the iteration is over")
+            self.forget(key)
+        self.iteration += 1
+        self._ended.clear()
+        self._change()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # ---- what comes in
+
+    async def refusal(self, task: Task, sender: PeerId) -> Refusal | None:
+        """Why a task does not fit, or None. One of the next iteration waits here until that begins."""
+        if task.run != self._terms.run:
+            return "wrong-run"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._terms.hop_timeout_s):
+                while task.iteration == self.iteration + 1:
+                    await self._changed.wait()
+        if task.iteration != self.iteration:
+            return "stale" if task.iteration < self.iteration else "early"
+        if not self._leads_here(task, sender):
+            return "not-for-me"
+        held = self._held.get(key_of(task))
+        if task.kind in ("forward", "again"):
+            is_full = task.kind == "forward" and len(self._held) >= self._terms.slots + self._terms.waiting
+            return "full" if held is not None or is_full else None
+        due = "turned" if task.kind == "backward" and task.position == 0 else "out"
+        return "unknown" if held is None or held.phase != due else None
+
+    def _leads_here(self, task: Task, sender: PeerId) -> bool:
+        """Whether the path keeps the rules, passes through us at this position, and comes from the sender."""
+        path, position = task.path, task.position
+        if position >= len(path) or path[position] != self._terms.peer or len(set(path)) != len(path):
+            return False
+        stages = [self._router.stage_of(PeerId(peer)) for peer in path]
+        if None in stages or not is_order([stage for stage in stages if stage is not None]):
+            return False
+        following = path[position + 1] if position + 1 < len(path) else path[0]
+        match task.kind:
+            case "forward":
+                return position > 0 and path[position - 1] == sender
+            case "loss":
+                return position == 0 and path[-1] == sender
+            case "again":
+                return position > 0 and following == sender
+            case "backward":
+                return following == sender
+
+
+def key_of(task: Task) -> MicrobatchKey:
+    """What tells a microbatch from all others of its iteration."""
+    return (task.path[0], task.microbatch)

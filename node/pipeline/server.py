@@ -1,0 +1,306 @@
+"""A stage peer: takes microbatches in, computes them in the order of the turnstile, and passes them on.
+
+    forward    read activations ─► wait for processor and slot ─► compute ─► hand over, and only then let the holder go
+    loss       (at the origin) read activations ─► head and loss ─► hand the gradient to the last peer of the path
+    backward   read gradient ─► compute ─► ask the holder whether it still counts ─► count ─► hand over
+    again      the same, for a microbatch whose forward pass ran on a replica that is gone
+
+Everything from outside is checked before it is kept: whether the task fits (node/pipeline/ledger.py), its size, which follows from
+the manifest, and whether the values can be real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from node.compute import Compute
+from node.pipeline.activations import ActivationCodec
+from node.pipeline.handover import Handover, Router, StageTerms
+from node.pipeline.ledger import Held, Ledger, MicrobatchLostError, key_of
+from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCOL, InputRequest, Notice, Reply, Task
+from node.pipeline.replay import BACKWARD, FORWARD, LOSS
+from node.pipeline.turnstile import Turnstile
+from node.pipeline.worker import MicrobatchKey, StageWorker
+from protocol.errors import LlmNodeError, ProtocolError, TransportError
+from protocol.ids import PeerId
+from protocol.transport import Stream, Transport
+from protocol.wire import read_bulk, read_message, write_bulk, write_message
+
+__all__ = ["StageServer"]
+
+HEADER_TIMEOUT_S = 10.0
+"""Time for a stranger's message, and for the holder to say whether a computed gradient counts."""
+
+
+class StageServer:
+    """One peer's part in the pipeline.
+
+    Args:
+        terms: what was agreed on.
+        worker: our stage.
+        codec: of activations and gradients.
+        router: who holds what.
+        violations: counts broken rules per peer.
+    """
+
+    def __init__(
+        self,
+        terms: StageTerms,
+        *,
+        transport: Transport,
+        compute: Compute,
+        worker: StageWorker,
+        codec: ActivationCodec,
+        router: Router,
+        violations: Counter[PeerId],
+    ) -> None:
+        self._terms, self._compute, self._worker, self._codec = terms, compute, worker, codec
+        self._violations = violations
+        self._handover = Handover(terms, transport, router)
+        self._turnstile = Turnstile(terms.slots)
+        self._ledger = Ledger(terms, router, self._turnstile, worker.forget)
+        transport.handle(TASK_PROTOCOL, self.serve_task)
+        transport.handle(INPUT_PROTOCOL, self.serve_input)
+        transport.handle(NOTICE_PROTOCOL, self.serve_notice)
+
+    @property
+    def iteration(self) -> int:
+        """The present one."""
+        return self._ledger.iteration
+
+    # ---- our own microbatches, at stage 0
+
+    async def train(self, microbatch: int, tokens: Tensor, *, path: list[PeerId], priority: int = 0) -> float:
+        """Send one microbatch through the pipeline and back.
+
+        Args:
+            microbatch: its number in this iteration.
+            tokens: int64 [B, T + 1].
+            path: the peers to visit; the first is ourselves.
+            priority: lower goes first, everywhere.
+
+        Returns:
+            Its loss, once its gradients are counted here and wherever it went.
+
+        Raises:
+            MicrobatchLostError: it did not come back. What its gradient added before it was lost stays counted there.
+        """
+        task = Task(
+            run=self._terms.run,
+            iteration=self.iteration,
+            microbatch=microbatch,
+            kind="forward",
+            path=list(path),
+            position=0,
+            priority=priority,
+        )
+        finished: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._ledger.take(key_of(task), Held(path=task.path, finished=finished))
+        try:
+            if not await self._visit(task, tokens, asyncio.get_running_loop().create_future()):
+                raise MicrobatchLostError("nobody could take it")
+            return await finished
+        finally:
+            if self._ledger.iteration == task.iteration:
+                self._ledger.forget(key_of(task))
+
+    async def announce_end(self, peers: Iterable[PeerId]) -> None:
+        """Tell everybody that none of our microbatches of this iteration is under way."""
+        notice = Notice(run=self._terms.run, iteration=self.iteration, kind="end")
+        self._ledger.has_ended(self._terms.peer)
+        async with asyncio.TaskGroup() as tasks:
+            for peer in peers:
+                if peer != self._terms.peer:
+                    tasks.create_task(self._handover.notify(peer, notice))
+
+    async def wait_for_end(self, origins: Iterable[PeerId]) -> None:
+        """Until all of these have said that the iteration ended; the caller sets the deadline."""
+        await self._ledger.wait_for_end(origins)
+
+    def next_iteration(self) -> None:
+        """Forget what is still here, and serve the next iteration. The caller has taken the inner step."""
+        self._ledger.next_iteration()
+
+    # ---- handlers
+
+    async def serve_task(self, stream: Stream) -> None:
+        """Handler of one task; see protocol.transport.Handler."""
+        serve = {"forward": self._forward, "loss": self._loss, "backward": self._backward, "again": self._again}
+        try:
+            async with asyncio.timeout(HEADER_TIMEOUT_S):
+                task = await read_message(stream, Task)
+            refusal = await self._ledger.refusal(task, stream.peer)
+            if refusal is None:
+                await serve[task.kind](stream, task)
+                return
+            self._violations[stream.peer] += refusal == "not-for-me"
+            await write_message(stream, Reply(ok=False, reason=refusal))
+        except ProtocolError:
+            self._violations[stream.peer] += 1
+            raise
+        except TimeoutError:
+            raise TransportError("a task was begun and not finished") from None
+
+    async def serve_input(self, stream: Stream) -> None:
+        """Handler of an InputRequest."""
+        request = await read_message(stream, InputRequest)
+        sent = self._ledger.sent((request.origin, request.microbatch), request.iteration)
+        if sent is None or request.run != self._terms.run:
+            await write_message(stream, Reply(ok=False, reason="unknown"))
+            return
+        await write_message(stream, Reply(ok=True))
+        await write_bulk(stream, sent)
+
+    async def serve_notice(self, stream: Stream) -> None:
+        """Handler of a Notice."""
+        notice = await read_message(stream, Notice)
+        if notice.run != self._terms.run or notice.iteration != self.iteration:
+            return
+        if notice.kind == "end":
+            self._ledger.has_ended(stream.peer)
+            return
+        held = self._ledger.find((self._terms.peer, notice.microbatch))
+        if held is not None and (notice.kind == "lost") == (held.phase == "out"):
+            held.lose(f"…{stream.peer[-8:]} could not pass it on")
+
+    # ---- forward and loss
+
+    async def _forward(self, stream: Stream, task: Task) -> None:
+        self._ledger.take(key_of(task), Held(path=task.path))
+        has_moved = False
+        try:
+            inputs = await self._receive(stream)
+            taken = asyncio.get_running_loop().create_future()
+            async with asyncio.TaskGroup() as tasks:
+                moving = tasks.create_task(self._visit(task, inputs, taken))
+                is_taken = await taken
+                with contextlib.suppress(TransportError):  # the holder may be gone; the microbatch goes on
+                    await write_message(stream, Reply(ok=is_taken, reason="" if is_taken else "failed"))
+                has_moved = await moving
+        finally:
+            if not has_moved and self._ledger.get(task) is not None:
+                self._ledger.forget(key_of(task))
+
+    async def _visit(self, task: Task, inputs: Tensor, taken: asyncio.Future[bool]) -> bool:
+        """Compute a forward pass and pass it on; whether that succeeded."""
+        async with self._turnstile.turn(FORWARD, task.priority):
+            held = self._ledger.get(task)
+            if held is None:
+                self._turnstile.give_back()
+                taken.set_result(False)
+                return False
+            held.has_slot = True
+            held.sent = await self._compute.run(self._run_forward, key_of(task), inputs)
+        if len(task.path) == 1:
+            taken.set_result(True)
+            await self._turn_alone(task, held.sent)
+            return True
+        return await self._handover.forward(task, held.sent, taken)
+
+    def _run_forward(self, key: MicrobatchKey, inputs: Tensor) -> memoryview:
+        return self._codec.encode(self._worker.forward(key, inputs))
+
+    async def _loss(self, stream: Stream, task: Task) -> None:
+        hidden = await self._receive(stream)
+        held = self._ledger.get(task)
+        if held is None or held.phase != "out":  # another peer was faster
+            await write_message(stream, Reply(ok=False, reason="unknown"))
+            return
+        held.phase, held.path = "turned", task.path
+        await write_message(stream, Reply(ok=True))
+        gradient = await self._head(task, held, hidden)
+        if gradient is not None and not await self._handover.backward(_returning(task, len(task.path) - 1), gradient):
+            held.lose("nobody could take its gradient")
+
+    async def _head(self, task: Task, held: Held, hidden: Tensor) -> memoryview | None:
+        async with self._turnstile.turn(LOSS, task.priority):
+            if self._ledger.get(task) is not held:
+                return None
+            held.loss, gradient = await self._compute.run(self._run_loss, key_of(task), hidden)
+            return gradient
+
+    def _run_loss(self, key: MicrobatchKey, hidden: Tensor) -> tuple[float, memoryview]:
+        loss, gradient = self._worker.loss(key, hidden)
+        return loss, self._codec.encode(gradient)
+
+    async def _turn_alone(self, task: Task, sent: memoryview) -> None:
+        """Loss and backward pass of a microbatch that visits nobody else."""
+        held = self._ledger.get(task)
+        gradient = None if held is None else await self._head(task, held, self._codec.decode(sent))
+        if gradient is not None:
+            await self._return(task, self._codec.decode(gradient), stream=None)
+
+    # ---- backward
+
+    async def _backward(self, stream: Stream, task: Task) -> None:
+        held = self._ledger.get(task)
+        assert held is not None, "the ledger has looked"
+        held.phase = "back"
+        await self._return(task, await self._receive(stream), stream=stream)
+
+    async def _again(self, stream: Stream, task: Task) -> None:
+        self._ledger.take(key_of(task), Held(path=task.path, phase="back"))
+        try:
+            gradient = await self._receive(stream)
+            inputs = await self._compute.run(self._codec.decode, await self._handover.input_of(task))
+        except BaseException:
+            self._ledger.forget(key_of(task))
+            raise
+        self._worker.admit(key_of(task), inputs)
+        await self._return(task, gradient, stream=stream)
+
+    async def _return(self, task: Task, gradient: Tensor, *, stream: Stream | None) -> None:
+        """Compute a backward pass, count it if the holder says so, and pass the gradient on."""
+        held = self._ledger.get(task)
+        try:
+            async with self._turnstile.turn(BACKWARD, task.priority):
+                if held is None or self._ledger.get(task) is not held:
+                    return
+                self._ledger.free_slot(held)
+                onward = await self._compute.run(self._run_backward, key_of(task), gradient)
+            if not await self._still_counts(stream) or self._ledger.get(task) is not held:
+                return
+            await self._compute.run(self._worker.commit, key_of(task))
+        finally:
+            if held is not None and held.finished is None and self._ledger.get(task) is held:
+                self._ledger.forget(key_of(task))
+        if onward is not None:
+            await self._handover.backward(_returning(task, task.position - 1), onward)
+        elif held.finished is not None and not held.finished.done():
+            assert held.loss is not None
+            held.finished.set_result(held.loss)
+
+    def _run_backward(self, key: MicrobatchKey, gradient: Tensor) -> memoryview | None:
+        onward = self._worker.backward(key, gradient)
+        return None if onward is None else self._codec.encode(onward)
+
+    async def _still_counts(self, stream: Stream | None) -> bool:
+        """Ask the holder; nobody else may have been asked meanwhile, or the microbatch would count twice."""
+        if stream is None:
+            return True
+        with contextlib.suppress(LlmNodeError, TimeoutError):
+            async with asyncio.timeout(HEADER_TIMEOUT_S):
+                await write_message(stream, Reply(ok=True))
+                return (await read_message(stream, Reply)).ok
+        return False
+
+    async def _receive(self, stream: Stream) -> Tensor:
+        """Say yes to a task and read what comes with it."""
+        await write_message(stream, Reply(ok=True))
+        payload = await read_bulk(stream, self._terms.payload_bytes)
+        try:
+            return await self._compute.run(self._codec.decode, payload)
+        except ProtocolError:
+            with contextlib.suppress(TransportError):
+                await write_message(stream, Reply(ok=False, reason="bad-payload"))
+            raise
+
+
+def _returning(task: Task, position: int) -> Task:
+    """The task of the next backward pass."""
+    return task.model_copy(update={"kind": "backward", "position": position})

@@ -1,0 +1,129 @@
+"""Plan a case: construct, improve in several processes at once, bound.
+
+The processes share nothing: annealing from other seeds, of which the best counts, gains more than any exchange between them
+would, and whoever plans a live swarm passes `processes=1` and the plan that is in use.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from node.pipeline.bounds import lower_bound
+from node.pipeline.case import Case
+from node.pipeline.construct import construct
+from node.pipeline.improve import Annealing, improve
+from node.pipeline.plan import Plan
+from node.pipeline.replay import Done, replay
+
+__all__ = ["Solution", "solve"]
+
+_SCOUTS = 3
+_SCOUTING_SHARE = 0.3
+"""Of the time, for short runs from several first plans; the best of them is then improved with the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """A plan and what it is worth.
+
+    Attributes:
+        plan: the best plan found.
+        iteration_s: its simulated iteration.
+        bound_s: no plan with its partition takes less.
+        solver_s: wall time of the search, the bound apart.
+        num_evaluations: iterations that were simulated.
+        timeline: every task of the iteration.
+    """
+
+    plan: Plan
+    iteration_s: float
+    bound_s: float
+    solver_s: float
+    num_evaluations: int
+    timeline: list[Done]
+
+    @property
+    def gap(self) -> float:
+        """How much of the iteration time may be above the best possible, as a share of the bound."""
+        return self.iteration_s / self.bound_s - 1.0
+
+    def utilisation(self, case: Case) -> list[float]:
+        """Share of the iteration in which each node works."""
+        busy = [0.0] * case.num_nodes
+        for task in self.timeline:
+            busy[task.node] += task.end_s - task.start_s
+        return [time_s / self.iteration_s for time_s in busy]
+
+
+def solve(case: Case, *, seconds: float, seed: int = 0, processes: int | None = None) -> Solution:
+    """Search for a good plan.
+
+    Args:
+        case: the problem.
+        seconds: wall time of the search.
+        seed: of all draws.
+        processes: how many search at once; as many as there are processors by default, and none but this one if 1.
+
+    Raises:
+        UserError: the nodes can not be visited often enough for any plan.
+    """
+    begun_s = time.perf_counter()
+    ends_at = time.time() + seconds
+    number = processes or os.cpu_count() or 1
+    first = [construct(case, seed=seed + scout) for scout in range(_SCOUTS * number)]
+    jobs = [_Job(case, tuple(first[index::number]), ends_at, seed + index) for index in range(number)]
+    if number == 1:
+        found = [_search(jobs[0])]
+    else:
+        with ProcessPoolExecutor(number, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(_search, jobs))
+    solver_s = time.perf_counter() - begun_s
+    plan, _ = min(found, key=lambda each: replay(case, each[0])[0])
+    iteration_s, timeline = replay(case, plan)
+    return Solution(
+        plan=plan,
+        iteration_s=iteration_s,
+        bound_s=lower_bound(case, plan),
+        solver_s=solver_s,
+        num_evaluations=sum(count for _, count in found),
+        timeline=timeline,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What one process does.
+
+    Args:
+        first: plans to start from.
+        ends_at: clock time, the same for all processes.
+    """
+
+    case: Case
+    first: tuple[Plan, ...]
+    ends_at: float
+    seed: int
+
+
+def _search(job: _Job) -> tuple[Plan, int]:
+    """Short runs from every first plan, then a long one from the best of them."""
+    seconds = max(0.0, job.ends_at - time.time())
+    num_evaluations = 0
+    scouts = []
+    for number, plan in enumerate(job.first):
+        found, count = improve(
+            job.case,
+            plan,
+            Annealing(seconds=seconds * _SCOUTING_SHARE / len(job.first), seed=job.seed + number),
+        )
+        scouts.append(found)
+        num_evaluations += count
+    best = min(scouts, key=lambda each: replay(job.case, each)[0])
+    last, count = improve(
+        job.case, best, Annealing(seconds=max(0.0, job.ends_at - time.time()), seed=~job.seed & 0xFFFF)
+    )
+    return last, num_evaluations + count

@@ -1,0 +1,229 @@
+"""Microbatches through real stages: exact when all goes well, and counted at most once when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+
+from model.stage import run_path
+from node.pipeline.ledger import MicrobatchLostError
+from protocol.virtual_time import run_virtual
+from tests.node.pipeline.stages import PER_MICROBATCH, Pipeline, gradients, microbatches, train_all, whole_gradients
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 6])
+def test_without_skips_it_is_the_unsplit_model(num_stages: int) -> None:
+    async def story() -> None:
+        async with Pipeline(num_stages) as pipeline:
+            losses = await train_all(pipeline, [pipeline.path(*range(num_stages))] * 5)
+            expected_loss, expected = whole_gradients(5)
+            assert sum(losses) / 5 == pytest.approx(expected_loss, abs=1e-5)  # type: ignore[arg-type]
+            found = gradients(pipeline)
+            assert found.keys() == expected.keys()
+            assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-5
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("bf16", 0.02), ("q8", 0.04)])
+def test_quantised_activations_stay_within_their_tolerance(codec: str, tolerance: float) -> None:
+    async def story() -> None:
+        async with Pipeline(4, codec=codec) as pipeline:
+            await train_all(pipeline, [pipeline.path(0, 1, 2, 3)] * 3)
+            _, expected = whole_gradients(3)
+            found = gradients(pipeline)
+            error = sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
+            size = sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+            assert 0.0 < error / size < tolerance
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("stages", [(0, 2), (0, 2, 1), (0, 1, 3)])
+def test_stages_may_be_skipped_and_change_places(stages: tuple[int, ...]) -> None:
+    async def story() -> None:
+        async with Pipeline(4) as pipeline:
+            (loss,) = await train_all(pipeline, [pipeline.path(*stages)])
+            expected = run_path([pipeline.at(stage).worker.stage for stage in stages], microbatches(1)[0])
+            assert loss == pytest.approx(expected.item(), abs=1e-6)
+            assert [pipeline.counted(stage) > 0 for stage in range(4)] == [stage in stages for stage in range(4)]
+
+    run_virtual(story())
+
+
+def test_fewer_slots_take_longer_and_nothing_is_lost() -> None:
+    async def story(slots: int) -> float:
+        async with Pipeline(3, slots=slots, waiting=0) as pipeline:
+            losses = await train_all(pipeline, [pipeline.path(0, 1, 2)] * 3)
+            assert all(isinstance(loss, float) for loss in losses)
+            return asyncio.get_running_loop().time()
+
+    with_one, with_three = run_virtual(story(1)), run_virtual(story(3))
+    assert with_one > 1.5 * with_three
+
+
+FORWARD, BACKWARD = "_run_forward", "_run_backward"
+
+
+@pytest.mark.parametrize("what", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("how", ["crash", "freeze"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_dead_or_frozen_peer_is_replaced_and_counts_once(what: str, how: str, stage: int) -> None:
+    """The peer dies, or stands still for a minute, in the middle of a pass: a replica does it again."""
+
+    async def story() -> None:
+        async with Pipeline(3, replicas=2) as pipeline:
+            victim = pipeline.at(stage)
+            victim.compute.stalls[what] = 60.0
+            paths = [pipeline.path(0, 1, 2)] * 3
+            training = asyncio.create_task(train_all(pipeline, paths))
+            if how == "crash":
+                await victim.compute.begins(what)
+                pipeline.network.crash(victim.peer)
+            losses = await training
+            assert asyncio.get_running_loop().time() < 50.0
+            assert all(isinstance(loss, float) for loss in losses), losses
+            await asyncio.sleep(100.0)  # the frozen one wakes up, and finds that its work is not wanted
+            assert [pipeline.counted(each) for each in range(3)] == [3 * PER_MICROBATCH] * 3
+            assert pipeline.at(stage, 1).worker.num_tokens > 0
+
+    run_virtual(story())
+
+
+def test_what_a_peer_counted_before_it_died_is_not_done_again() -> None:
+    async def story() -> None:
+        async with Pipeline(3, replicas=2) as pipeline:
+            (loss,) = await train_all(pipeline, [pipeline.path(0, 1, 2)])
+            pipeline.network.crash(pipeline.at(2).peer)
+            assert isinstance(loss, float)
+            (other,) = await train_all_again(pipeline)
+            assert isinstance(other, float)
+            assert [pipeline.counted(stage) for stage in range(3)] == [2 * PER_MICROBATCH] * 3
+
+    async def train_all_again(pipeline: Pipeline) -> list[Any]:
+        server = pipeline.at(0).server
+        return [await server.train(1, microbatches(1)[0], path=pipeline.path(0, 1, 2))]
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("may_skip", [True, False])
+def test_a_stage_without_replicas_is_left_out_or_the_microbatch_is_lost(may_skip: bool) -> None:
+    async def story() -> None:
+        async with Pipeline(4, may_skip=may_skip) as pipeline:
+            pipeline.network.crash(pipeline.at(2).peer)
+            (loss,) = await train_all(pipeline, [pipeline.path(0, 1, 2, 3)])
+            if not may_skip:
+                assert isinstance(loss, MicrobatchLostError)
+                assert [pipeline.counted(stage) for stage in range(4)] == [0] * 4
+                return
+            stages = [pipeline.at(stage).worker.stage for stage in (0, 1, 3)]
+            assert loss == pytest.approx(run_path(stages, microbatches(1)[0]).item(), abs=1e-6)
+
+    run_virtual(story())
+
+
+def test_when_nobody_is_left_in_backward_the_microbatch_is_lost_soon() -> None:
+    async def story() -> None:
+        async with Pipeline(3) as pipeline:
+            victim = pipeline.at(1)
+            victim.compute.stalls[BACKWARD] = 60.0
+            training = asyncio.create_task(train_all(pipeline, [pipeline.path(0, 1, 2)]))
+            await victim.compute.begins(BACKWARD)
+            pipeline.network.crash(victim.peer)
+            (loss,) = await training
+            assert isinstance(loss, MicrobatchLostError)
+            assert asyncio.get_running_loop().time() < 10.0
+            assert [pipeline.counted(stage) for stage in (0, 2)] == [0, PER_MICROBATCH]
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_values_that_nobody_honest_sends_are_refused_and_counted(value: float) -> None:
+    async def story() -> None:
+        async with Pipeline(3) as pipeline:
+            liar = pipeline.at(1)
+            with torch.no_grad():
+                liar.worker.stage.get_parameter("model.layers.2.mlp.down_proj.weight").fill_(value)
+            (loss,) = await train_all(pipeline, [pipeline.path(0, 1, 2)])
+            assert isinstance(loss, MicrobatchLostError)
+            accusers = [each for each in pipeline.peers if each.violations[liar.peer]]
+            assert accusers
+            assert all(
+                bool(torch.isfinite(p.grad).all())
+                for p in pipeline.at(2).worker.stage.parameters()
+                if p.grad is not None
+            )
+
+    run_virtual(story())
+
+
+def test_a_cut_link_is_gone_around() -> None:
+    async def story() -> None:
+        async with Pipeline(3, replicas=2) as pipeline:
+            a, b = pipeline.at(1).peer, pipeline.at(2).peer
+            link = pipeline.network.default_link
+            pipeline.network.set_link(a, b, type(link)(loss=1.0))
+            losses = await train_all(pipeline, [pipeline.path(0, 1, 2)] * 2)
+            assert all(isinstance(loss, float) for loss in losses)
+            assert [pipeline.counted(stage) for stage in range(3)] == [2 * PER_MICROBATCH] * 3
+
+    run_virtual(story())
+
+
+def test_an_iteration_ends_for_all_when_every_origin_says_so() -> None:
+    async def story() -> None:
+        async with Pipeline(2, replicas=2) as pipeline:
+            origins = [pipeline.at(0, 0), pipeline.at(0, 1)]
+            paths = [[origin.peer, pipeline.at(1).peer] for origin in origins]
+            everybody = [each.peer for each in pipeline.peers]
+            waiting = asyncio.create_task(pipeline.at(1).server.wait_for_end(path[0] for path in paths))
+            await train_all(pipeline, paths)
+            await origins[0].server.announce_end(everybody)
+            await asyncio.sleep(1.0)
+            assert not waiting.done()
+            await origins[1].server.announce_end(everybody)
+            await asyncio.wait_for(waiting, 1.0)
+
+    run_virtual(story())
+
+
+def test_tasks_of_another_iteration_wait_or_are_refused() -> None:
+    async def story() -> None:
+        async with Pipeline(2) as pipeline:
+            origin, other = pipeline.at(0), pipeline.at(1)
+            origin.server.next_iteration()  # ahead: its microbatch waits at the other's door
+            training = asyncio.create_task(train_all(pipeline, [pipeline.path(0, 1)]))
+            await asyncio.sleep(2.0)
+            assert not training.done()
+            other.server.next_iteration()
+            assert isinstance((await training)[0], float)
+            other.server.next_iteration()  # now the origin is behind
+            server = pipeline.at(0).server
+            with pytest.raises(MicrobatchLostError):
+                await server.train(1, microbatches(1)[0], path=pipeline.path(0, 1))
+
+    run_virtual(story())
+
+
+def test_an_iteration_that_is_over_leaves_nothing_behind() -> None:
+    async def story() -> None:
+        async with Pipeline(3, slots=2) as pipeline:
+            pipeline.at(2).compute.stalls[FORWARD] = 1000.0
+            training = asyncio.create_task(train_all(pipeline, [pipeline.path(0, 1, 2)] * 4))
+            await asyncio.sleep(3.0)
+            for each in pipeline.peers:
+                each.server.next_iteration()
+                each.worker.clear()
+            losses = await training
+            assert all(isinstance(loss, MicrobatchLostError) for loss in losses)
+            await asyncio.sleep(2000.0)
+            losses = await train_all(pipeline, [pipeline.path(0, 1, 2)] * 4)
+            assert all(isinstance(loss, float) for loss in losses)
+            assert all(not each.worker.visits for each in pipeline.peers)
+
+    run_virtual(story())
