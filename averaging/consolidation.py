@@ -2,9 +2,10 @@
 
 Gossip leaves every replica a little different. After the last round each peer goes on meeting random partners and takes the mean
 of both weights, in fp32. The squared spread halves about once per round, so 15 rounds bring a spread of a tenth below half a
-thousandth; ⌈6·log2 N⌉ + 12 are allowed, since peers come late and meetings fail. A peer has agreed when the last two meetings,
-with different partners, found the weights of both sides nearer than half the tolerance before they were averaged: two peers
-that agree with a third are then within it themselves.
+thousandth; ⌈6·log2 N⌉ + 12 are allowed, since peers come late and meetings fail. A peer has agreed when its last meetings, with
+several different partners, found the weights of both sides nearer than half the tolerance before they were averaged: two peers that
+agree with a third are then within it themselves. How many partners grows with the swarm, up to half of it: with two, seven peers
+fell into cliques of three and four, each of one mind, and a hundredth apart.
 
 Liars: without progress of our own, admission's bound would be zero, and the usual one, met at every meeting, would let a liar lead
 us anywhere. So the bound starts at the usual distance between replicas and shrinks by SHRINKAGE per meeting: more slowly than the
@@ -25,10 +26,8 @@ from averaging.replica import Replica, ReplicaConfig
 from averaging.update import RemoteUpdate, Update
 from protocol.ids import PeerId
 
-__all__ = ["AGREEING_PARTNERS", "Agreement", "Consolidation", "num_rounds"]
+__all__ = ["Agreement", "Consolidation", "agreeing_partners", "num_rounds"]
 
-AGREEING_PARTNERS = 2
-"""Different partners in a row that must be within the tolerance; one where there is only one."""
 FIRST_BOUND = 1.0
 """Admission's bound at the first meeting, in usual distances."""
 MARGIN = 0.5
@@ -36,6 +35,16 @@ MARGIN = 0.5
 SHRINKAGE = 0.8
 """Factor on the bound per meeting; honest distances shrink by about 0.71."""
 _LEAST_NORM = 1e-30  # weights that are all zero have no relative distance
+
+
+def agreeing_partners(num_others: int) -> int:
+    """Different partners in a row that must be within the tolerance, with so many others about.
+
+    More than half of the swarm, ourselves included, while that is little: then no two cliques can both agree. In larger swarms
+    ⌈log2 N⌉ + 1, since random partners rarely all come from one clique.
+    """
+    num_peers = num_others + 1
+    return min(max(num_others, 1), max(2, min(num_peers // 2, math.ceil(math.log2(num_peers)) + 1)))
 
 
 def num_rounds(num_peers: int) -> int:
@@ -68,7 +77,7 @@ class Agreement:
 
     def is_reached(self, num_others: int) -> bool:
         """Whether enough different partners in a row agreed, with so many others about."""
-        return len(self._partners) >= min(AGREEING_PARTNERS, max(num_others, 1))
+        return len(self._partners) >= agreeing_partners(num_others)
 
 
 class Consolidation:

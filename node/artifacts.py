@@ -20,7 +20,8 @@ from model.generate import generate
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from node.home import Home, kept_manifest
-from node.trainer import model_config
+from node.pipeline.archive import assemble
+from node.training_state import model_config
 from protocol.blobs import BlobStore
 from protocol.errors import UserError
 from protocol.manifest import Manifest
@@ -105,6 +106,8 @@ def load_trained(home: Home, run: str | None) -> TrainedModel:
         UserError: no such run, no checkpoint yet, or none that is whole.
     """
     manifest, folder = load_run(home, run)
+    if manifest.pipeline.stages > 1:
+        return _load_stages(manifest, folder, BlobStore(home.blobs))
     try:
         loaded = load_newest(folder / "checkpoints")
         if loaded is None:
@@ -128,3 +131,17 @@ def load_trained(home: Home, run: str | None) -> TrainedModel:
         tokenizer_json=tokenizer_json,
         round=int(loaded.meta["round"]),
     )
+
+
+def _load_stages(manifest: Manifest, folder: Path, store: BlobStore) -> TrainedModel:
+    """The model of a pipelined run, from an archive of its stages."""
+    weights, round = assemble(manifest, folder, store)
+    try:
+        tokenizer_json = store.read(manifest.tokenizer_blob)
+        tokenizer = Tokenizer(tokenizer_json)
+    except DataError as error:
+        raise UserError(str(error)) from None
+    model = Transformer(model_config(manifest))
+    model.load_state_dict(weights)
+    model.eval()
+    return TrainedModel(manifest=manifest, model=model, tokenizer=tokenizer, tokenizer_json=tokenizer_json, round=round)

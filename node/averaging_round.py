@@ -26,7 +26,7 @@ from averaging.codec import codec_named
 from averaging.fragments import Fragments
 from averaging.replica import Outcome
 from averaging.update import RemoteUpdate, Update
-from node.trainer import Trainer
+from node.training_state import TrainingState
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.manifest import Manifest, SyncSpec
@@ -182,7 +182,7 @@ def reduces(sync: SyncSpec) -> bool:
 
 
 def averagers_of(
-    trainer: Trainer, *, transport: Transport, identity: Identity
+    trainer: TrainingState, *, transport: Transport, identity: Identity
 ) -> tuple[Averager, GroupAverager | None]:
     """What a peer of the trainer's run averages by: the averager of pairs, and that of the group if the run has one.
 

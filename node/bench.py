@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from model.batches import RoundBatches
-from node.trainer import Trainer, model_config
+from node.trainer import Trainer
+from node.training_state import model_config
 from protocol.manifest import Manifest
 
 __all__ = ["choose_sequences", "choose_threads", "most_sequences", "seconds_per_step"]

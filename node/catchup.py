@@ -21,10 +21,10 @@ from node.checkpoints import Checkpoints, SavedState
 from node.compute import Compute
 from node.events import EventLog
 from node.snapshots import max_snapshot_bytes
-from node.trainer import Trainer
+from node.training_state import TrainingState
 from protocol.blob_exchange import fetch_blob
 from protocol.blobs import BlobStore
-from protocol.directory import Directory
+from protocol.directory import SwarmView
 from protocol.errors import LlmNodeError, TransportError
 from protocol.ids import BlobId, PeerId
 from protocol.records import PeerRecord, SnapshotRef
@@ -81,11 +81,11 @@ class StateFetcher:
     def __init__(
         self,
         *,
-        trainer: Trainer,
+        trainer: TrainingState,
         compute: Compute,
         store: BlobStore,
         transport: Transport,
-        directory: Directory,
+        directory: SwarmView,
         events: EventLog,
     ) -> None:
         self._trainer, self._compute, self._store = trainer, compute, store
@@ -187,12 +187,12 @@ class StateFetcher:
                 self._events.emit("state_unavailable", round=ref.round, root=ref.root[:12], reason=str(error))
             return False
         loss = await self._compute.run(self._trainer.evaluate, weights)
-        if not loss < self._expected_loss() + LOSS_MARGIN:
+        if loss is not None and not loss < self._expected_loss() + LOSS_MARGIN:
             return self._refuse(ref, f"held-out loss {loss:.2f}")
         if at_round is None:
             at_round = self.swarm_round()
         await self._compute.run(self._trainer.adopt, weights, ref.round if at_round is None else at_round)
-        self._events.emit("state_adopted", round=ref.round, loss=round(loss, 4), donors=len(candidate.voters))
+        self._events.emit("state_adopted", round=ref.round, loss=_rounded(loss), donors=len(candidate.voters))
         return True
 
     def _refuse(self, ref: SnapshotRef, reason: str) -> bool:
@@ -214,7 +214,9 @@ class Start:
     adopted: SnapshotRef | None = None
 
 
-async def find_start(trainer: Trainer, *, fetcher: StateFetcher, checkpoints: Checkpoints, events: EventLog) -> Start:
+async def find_start(
+    trainer: TrainingState, *, fetcher: StateFetcher, checkpoints: Checkpoints, events: EventLog
+) -> Start:
     """Put own checkpoint, the swarm's state, or the initial weights into the trainer.
 
     Raises:
@@ -241,7 +243,11 @@ async def find_start(trainer: Trainer, *, fetcher: StateFetcher, checkpoints: Ch
     return Start()
 
 
-async def _resume(trainer: Trainer, saved: SavedState, *, checkpoints: Checkpoints, events: EventLog) -> Start:
+async def _resume(trainer: TrainingState, saved: SavedState, *, checkpoints: Checkpoints, events: EventLog) -> Start:
     await checkpoints.restore(trainer, saved)
     events.emit("resumed", round=trainer.round, step=trainer.step_in_round, tokens=trainer.tokens)
     return Start(cursor=saved.cursor)
+
+
+def _rounded(loss: float | None) -> float | None:
+    return None if loss is None else round(loss, 4)

@@ -21,7 +21,7 @@ from model.checkpoint_writer import CheckpointWriter
 from model.errors import CheckpointError
 from node.compute import Compute
 from node.events import EventLog
-from node.trainer import Trainer
+from node.training_state import TrainingState
 from protocol.errors import UserError
 
 __all__ = ["Checkpoints", "SavedState"]
@@ -76,7 +76,7 @@ class Checkpoints:
             self._events.emit("checkpoint_damaged", reason=damage)
         return SavedState(tensors=loaded.tensors, meta=loaded.meta)
 
-    async def restore(self, trainer: Trainer, saved: SavedState) -> None:
+    async def restore(self, trainer: TrainingState, saved: SavedState) -> None:
         """Put a checkpoint into the trainer.
 
         Raises:
@@ -99,7 +99,7 @@ class Checkpoints:
             yield
         self._writer = None
 
-    async def save(self, trainer: Trainer, batches: RoundBatches | None, *, final: bool = False) -> None:
+    async def save(self, trainer: TrainingState, batches: RoundBatches | None, *, final: bool = False) -> None:
         """Hand the state over; a `final` one is waited for, and never skipped."""
         writer = self._writer
         if writer is None:

@@ -68,6 +68,12 @@ def init(
         Path | None, typer.Option("--heldout", help="Folder of held-out text; only with --data local.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the initial weights.")] = 0,
+    stages: Annotated[
+        int,
+        typer.Option(
+            "--stages", min=1, help="Split the model into so many stages, for peers that can not hold all of it."
+        ),
+    ] = 1,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field below; may be repeated."),
@@ -99,7 +105,7 @@ def init(
         heldout_tokens=heldout_tokens,
         seed=seed,
         max_chars=max_chars,
-        overrides=dict(_setting(text) for text in settings or []),
+        overrides={"pipeline.stages": stages} | dict(_setting(text) for text in settings or []),
     )
     made = make_run(request, BlobStore(place.blobs))
     try:

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from averaging.averager import Averager
-from averaging.consolidation import Consolidation, num_rounds
+from averaging.consolidation import Consolidation, agreeing_partners, num_rounds
 from node.compute import Compute
 from node.events import EventLog
 from node.mixing import foreign_bucket
 from node.progress import Progress
-from node.trainer import Trainer
-from protocol.directory import Directory
+from node.training_state import TrainingState
+from protocol.directory import SwarmView
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.records import PeerRecord
@@ -65,12 +66,12 @@ class Consolidator:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: TrainingState,
         *,
         compute: Compute,
         transport: Transport,
         identity: Identity,
-        directory: Directory,
+        directory: SwarmView,
         progress: Progress,
         events: EventLog,
         announce: Callable[[], Awaitable[None]],
@@ -80,7 +81,7 @@ class Consolidator:
         self._progress, self._events, self._announce = progress, events, announce
         self._run, self._sync = trainer.manifest.run_id, trainer.manifest.sync
         self._round = self._sync.total_rounds + FIRST_ROUND
-        self._last: PeerId | None = None
+        self._recent: deque[PeerId] = deque()
         self._meetings = 0
 
     @property
@@ -110,10 +111,10 @@ class Consolidator:
             await self._compute.run(consolidation.finish)
         done = Consolidated(meetings=self._meetings, distance=consolidation.agreement.distance, agreed=agreed)
         loss = await self._compute.run(self._trainer.evaluate)
-        self._progress.count_validation(loss, self._sync.total_rounds)
-        self._events.emit(
-            "consolidated", loss=round(loss, 4), meetings=done.meetings, distance=done.distance, agreed=done.agreed
-        )
+        if loss is not None:
+            self._progress.count_validation(loss, self._sync.total_rounds)
+            loss = round(loss, 4)
+        self._events.emit("consolidated", loss=loss, meetings=done.meetings, distance=done.distance, agreed=done.agreed)
         return done
 
     def _without_others(self) -> Consolidated:
@@ -174,7 +175,8 @@ class Consolidator:
 
     async def _meet(self, averager: Averager, consolidation: Consolidation) -> None:
         update = await self._compute.run(consolidation.pack, self._round)
-        candidates = [peer for peer in self._others() if peer != self._last] or list(self._others())
+        others = list(self._others())
+        candidates = [peer for peer in others if peer not in self._recent] or others
         deadline_s = asyncio.get_running_loop().time() + self._limit_s(consolidation)
         result = await averager.exchange(update, candidates=candidates, deadline_s=deadline_s)
         outcome, distance = str(result.outcome), math.inf
@@ -182,12 +184,16 @@ class Consolidator:
             verdict, distance = await self._compute.run(consolidation.apply, result.remote)
             outcome = verdict.kind
             self._meetings += 1
-            self._last, self._round = result.partner, max(self._round, result.remote.round) + 1
+            self._round = max(self._round, result.remote.round) + 1
+            self._recent.append(result.remote.peer)
+            while len(self._recent) >= agreeing_partners(len(others)):  # that many in a row must be different ones
+                self._recent.popleft()
         else:
-            if self._last is None:  # twice in a row: there is nothing to be had just now
+            if not self._recent:  # twice in a row: there is nothing to be had just now
                 await asyncio.sleep(LOOK_AGAIN_S)
             # Else on at once, to be at the others' doors when they come out of their meetings; late ones find them taken again.
-            self._last, self._round = None, self._round + 1
+            self._recent.clear()
+            self._round += 1
         seconds = round(result.seconds, 3)
         known = distance if math.isfinite(distance) else None
         self._events.emit("consolidation", partner=result.partner, outcome=outcome, seconds=seconds, distance=known)

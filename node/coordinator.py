@@ -92,6 +92,18 @@ async def coordinate(
             )
             watch = _SwarmWatch(service)
             service.on_heartbeat(watch.look)
+            if manifest.pipeline.stages > 1:
+                from node.pipeline.archive import StageArchive  # torch, which other runs' bootstrap nodes do without
+
+                archive = StageArchive(
+                    manifest,
+                    directory=service.directory,
+                    transport=transport,
+                    store=store,
+                    folder=folder,
+                    events=events,
+                )
+                service.on_heartbeat(archive.look)
             async with service.running():
                 events.emit("serving", run=manifest.run_id, name=manifest.name, addresses=await transport.addresses())
                 await stopping.wait()

@@ -20,7 +20,7 @@ from node.compute import ThreadCompute
 from node.events import EventLog
 from node.home import Home, keep_manifest, kept_manifest
 from node.peer import Peer, PeerOptions, Summary
-from node.trainer import model_config
+from node.training_state import model_config
 from protocol.blobs import BlobStore
 from protocol.directory import validate_entry
 from protocol.errors import LlmNodeError, TransportError, UserError

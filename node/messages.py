@@ -110,7 +110,11 @@ def _consolidated(fields: Fields) -> str:
     )
     near = "" if fields["distance"] is None else f", within {fields['distance']:.1g} of the last partner's"
     whose = "" if fields["agreed"] else "; the saved checkpoint is this peer's own model"
-    return f"{outcome}{near}; held-out loss {fields['loss']:.3f}{whose}"
+    return f"{outcome}{near}{_loss(fields)}{whose}"
+
+
+def _loss(fields: Fields) -> str:
+    return "" if fields["loss"] is None else f"; held-out loss {fields['loss']:.3f}"
 
 
 _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
@@ -134,20 +138,33 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     "state_adopted": (
         "info",
         lambda f: (
-            f"Took the swarm's state of round {f['round']} from {f['donors']} "
-            f"peer{'s' * (f['donors'] > 1)}; held-out loss {f['loss']:.3f}"
+            f"Took the swarm's state of round {f['round']} from {f['donors']} peer{'s' * (f['donors'] > 1)}{_loss(f)}"
         ),
     ),
     "initial_state": (
         "warning",
         "No state of the swarm is to be had yet; starts from the initial weights in round {round}",
     ),
+    "stage": ("info", "Holds stage {stage} of {stages}"),
     "training": ("info", "Training from round {round} with {sequences} sequences per step"),
     "leaving": ("info", "Leaving after the step and the write in progress; Ctrl-C again ends at once"),
     # rounds
     "validation": ("detail", "Round {round}: held-out loss {loss:.3f}"),
     "exchange": ("detail", _exchange),
     "group_round": ("detail", _group),
+    "iteration": (
+        "detail",
+        lambda f: (
+            f"Iteration {f['number']}: {f['returned']} microbatches came back, {f['lost']} did not"
+            f"{'' if f['complete'] else '; it ended by its deadline'}"
+        ),
+    ),
+    "hop_failed": (
+        "detail",
+        lambda f: f"…{f['peer'][-8:]} did not take microbatch {f['microbatch']} ({f['kind']}): {f['reason']}",
+    ),
+    "handing_over": ("info", "The run is over; stays {seconds:.0f} s, so that others can fetch stage {stage}"),
+    "stage_archived": ("detail", "Keeps the state of stage {stage} after round {round}"),
     "round_skipped": ("detail", "Skips from round {own} to {swarm}, where the swarm is"),
     "snapshot_published": ("detail", "Published the state of round {round} for joiners"),
     "snapshot_kept": ("detail", "Keeps a copy of the state of round {round} for joiners"),

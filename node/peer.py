@@ -27,11 +27,16 @@ from node.compute import Compute
 from node.consolidation import Consolidated, Consolidator
 from node.dataset import BatchSource, open_source
 from node.events import EventLog
+from node.inner_steps import BatchSteps, InnerSteps
+from node.pipeline.roles import StageView, choose_stage
+from node.pipeline.steps import PipelineSteps
+from node.pipeline.trainer import StageTrainer
 from node.progress import Progress
 from node.rounds import RoundLoop, RoundSettings
 from node.service import Service
 from node.snapshots import SnapshotKeeper
 from node.trainer import Trainer
+from node.training_state import TrainingState
 from protocol.blobs import BlobStore
 from protocol.errors import TransportError
 from protocol.identity import Identity
@@ -43,6 +48,8 @@ from protocol.transport import Transport
 __all__ = ["Peer", "PeerOptions", "Summary"]
 
 DATA_TIMEOUT_S = 120.0
+HANDOVER_S = 12.0
+"""A few heartbeats: one for the record, one for the copies and their votes, one for the archive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,15 +134,17 @@ class Peer:
             folder=folder,
             http=options.http,
         )
-        self.trainer: Trainer | None = None
+        self.trainer: TrainingState | None = None
         self._loop: RoundLoop | None = None
         self._consolidating: asyncio.Task[Consolidated] | None = None
         self._consolidated: Consolidated | None = None
+        self._handing_over: asyncio.Task[None] | None = None
         self._fetcher: StateFetcher | None = None
         self._stopped = False
         self._most = 0
-        checkpoints = None if folder is None else folder / "checkpoints"
-        self._checkpoints = Checkpoints(checkpoints, compute=compute, events=events)
+        self._folder = folder
+        self._checkpoints = self._open_checkpoints()
+        self._view = StageView(self.service.directory, None)
         self._keeper: SnapshotKeeper | None = None
 
     def stop(self) -> None:
@@ -143,8 +152,9 @@ class Peer:
         self._stopped = True
         if self._loop is not None:
             self._loop.stop()
-        if self._consolidating is not None:
-            self._consolidating.cancel()
+        for task in (self._consolidating, self._handing_over):
+            if task is not None:
+                task.cancel()
 
     async def run(self) -> Summary:
         """Take part in the run.
@@ -156,6 +166,7 @@ class Peer:
         self.progress.began_s = asyncio.get_running_loop().time() - self._options.age_s
         async with self.service.running():
             source, heldout, _ = await self._open_data()
+            await self._take_role()
             trainer = await self._compute.run(self._new_trainer, heldout)
             self.trainer = trainer
             async with asyncio.TaskGroup() as tasks:
@@ -163,8 +174,9 @@ class Peer:
                 cursor = await self._starting_state(trainer)
             sequences = measured.result()
             loss = await self._compute.run(trainer.evaluate)
-            self.progress.count_validation(loss, trainer.round)
-            self._events.emit("validation", round=trainer.round, loss=round(loss, 4))
+            if loss is not None:
+                self.progress.count_validation(loss, trainer.round)
+                self._events.emit("validation", round=trainer.round, loss=round(loss, 4))
             await self._train(trainer, source, sequences, cursor)
         return self.summary()
 
@@ -207,12 +219,64 @@ class Peer:
                 await asyncio.sleep(1.0)
                 await self.service.beat()
 
-    def _new_trainer(self, heldout: Tokens) -> Trainer:
-        return Trainer(self.manifest, heldout=heldout, device=self._options.device)
+    async def _take_role(self) -> None:
+        """Whole replica or a stage, which the swarm lacks most; or the stage that is in our own checkpoint."""
+        num_stages = self.manifest.pipeline.stages
+        if num_stages == 1:
+            return
 
-    async def _measure(self, trainer: Trainer) -> int:
+        async def announce(stage: int) -> None:
+            self.progress.stage = stage
+            await self.service.beat()
+
+        kept = self._kept_stage()
+        if kept is not None:
+            await announce(kept)
+        else:
+            directory, peer = self.service.directory, self._identity.peer_id
+            await choose_stage(directory, num_stages=num_stages, peer=peer, announce=announce)
+        self._view = StageView(self.service.directory, self.progress.stage)
+        self._checkpoints = self._open_checkpoints()
+        self._events.emit("stage", stage=self.progress.stage, stages=num_stages)
+
+    def _kept_stage(self) -> int | None:
+        """The stage of the newest checkpoint in this folder."""
+        folders = [] if self._folder is None else (self._folder / "checkpoints").glob("stage-*")
+        newest = max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
+        return None if newest is None else int(newest.name.removeprefix("stage-"))
+
+    def _open_checkpoints(self) -> Checkpoints:
+        folder = None if self._folder is None else self._folder / "checkpoints"
+        if folder is not None and self.progress.stage is not None:
+            folder /= f"stage-{self.progress.stage}"
+        return Checkpoints(folder, compute=self._compute, events=self._events)
+
+    def _new_trainer(self, heldout: Tokens) -> Trainer | StageTrainer:
+        if self.progress.stage is None:
+            return Trainer(self.manifest, heldout=heldout, device=self._options.device)
+        return StageTrainer(self.manifest, stage=self.progress.stage, device=self._options.device)
+
+    def _steps_of(self, trainer: Trainer | StageTrainer) -> InnerSteps:
+        if isinstance(trainer, Trainer):
+            return BatchSteps(trainer, self._compute, self.progress)
+        steps = PipelineSteps(
+            trainer,
+            transport=self._transport,
+            compute=self._compute,
+            directory=self.service.directory,
+            progress=self.progress,
+            events=self._events,
+        )
+        self.service.on_heartbeat(steps.after_heartbeat)
+        steps.enter()
+        return steps
+
+    async def _measure(self, trainer: Trainer | StageTrainer) -> int:
         if self._options.threads:
             await self._compute.run(torch.set_num_threads, self._options.threads)
+        if isinstance(trainer, StageTrainer):
+            self.progress.forward_s = await self._compute.run(trainer.measure_forward)
+            return self.manifest.pipeline.microbatch_sequences
         if self._options.sequences:
             return self._options.sequences
         threads = self._options.threads or await self._compute.run(choose_threads, trainer)
@@ -221,14 +285,14 @@ class Peer:
         self._events.emit("measured", sequences_per_step=sequences, threads=threads)
         return sequences
 
-    async def _starting_state(self, trainer: Trainer) -> int | None:
+    async def _starting_state(self, trainer: TrainingState) -> int | None:
         """Find it, and return the data cursor to resume from, if any."""
         self._fetcher = StateFetcher(
             trainer=trainer,
             compute=self._compute,
             store=self._store,
             transport=self._transport,
-            directory=self.service.directory,
+            directory=self._view,
             events=self._events,
         )
         self._keeper = SnapshotKeeper(
@@ -253,11 +317,13 @@ class Peer:
 
     # ---- training
 
-    async def _train(self, trainer: Trainer, source: BatchSource, sequences: int, cursor: int | None) -> None:
+    async def _train(
+        self, trainer: Trainer | StageTrainer, source: BatchSource, sequences: int, cursor: int | None
+    ) -> None:
         averager, group = averagers_of(trainer, transport=self._transport, identity=self._identity)
         settings = RoundSettings(
             sequences=sequences,
-            adapt=not self._options.sequences,
+            adapt=not self._options.sequences and self.progress.stage is None,
             most=self._most,
             max_rounds=self._options.max_rounds,
         )
@@ -265,11 +331,12 @@ class Peer:
             self._loop = loop = RoundLoop(
                 self.manifest,
                 trainer=trainer,
+                steps=self._steps_of(trainer),
                 compute=self._compute,
                 source=source,
                 averager=averager,
                 group=group,
-                directory=self.service.directory,
+                directory=self._view,
                 progress=self.progress,
                 events=self._events,
                 settings=settings,
@@ -306,14 +373,14 @@ class Peer:
         if adopted is not None:
             self._keeper.adopt(adopted)
 
-    async def _consolidate(self, trainer: Trainer) -> None:
+    async def _consolidate(self, trainer: TrainingState) -> None:
         """At the end of the run: come to one model with the others."""
         consolidator = Consolidator(
             trainer,
             compute=self._compute,
             transport=self._transport,
             identity=self._identity,
-            directory=self.service.directory,
+            directory=self._view,
             progress=self.progress,
             events=self._events,
             announce=self.service.beat,
@@ -323,16 +390,27 @@ class Peer:
         self._consolidating = asyncio.ensure_future(consolidator.run())
         try:
             self._consolidated = await self._consolidating
+            if self.progress.stage is not None:
+                self._handing_over = asyncio.ensure_future(self._hand_over())
+                await self._handing_over
         except asyncio.CancelledError:
             if not self._stopped:
                 raise  # else the owner leaves, and what was averaged so far is a model, too
+
+    async def _hand_over(self) -> None:
+        """Publish the stage's final state, and stay until others have had the time to fetch it: nobody else holds it."""
+        assert self._keeper is not None
+        self._events.emit("handing_over", stage=self.progress.stage, seconds=HANDOVER_S)
+        await self._keeper.publish_in_turn(self.manifest.sync.total_rounds, self._other_trainers())
+        await self.service.beat()
+        await asyncio.sleep(HANDOVER_S)
 
     async def _keep_copies(self) -> None:
         assert self._keeper is not None
         await self._keeper.keep_copies(self._other_trainers())
 
     def _other_trainers(self) -> dict[PeerId, PeerRecord]:
-        records = self.service.directory.peers
+        records = self._view.peers
         return {p: r for p, r in records.items() if r.role == "trainer" and r.state == "training"}
 
     async def _save(self, *, final: bool) -> None:

@@ -12,7 +12,7 @@ import asyncio
 from model.batches import RoundBatches
 from node.dataset import BatchSource
 from node.mixing import foreign_bucket
-from protocol.directory import Directory
+from protocol.directory import SwarmView
 from protocol.ids import PeerId, RunId
 
 __all__ = ["LEAD_S", "Preparation"]
@@ -28,12 +28,13 @@ class Preparation:
 
     Args:
         tasks: group to run them in; `cancel` ends them.
+        source: of batches; None for rounds that need none.
         run: whose directory it is.
         peer: ourselves.
     """
 
     def __init__(
-        self, tasks: asyncio.TaskGroup, *, source: BatchSource, directory: Directory, run: RunId, peer: PeerId
+        self, tasks: asyncio.TaskGroup, *, source: BatchSource | None, directory: SwarmView, run: RunId, peer: PeerId
     ) -> None:
         self._tasks, self._source, self._directory, self._run, self._peer = tasks, source, directory, run, peer
         self._prefetch: asyncio.Task[None] | None = None
@@ -44,7 +45,7 @@ class Preparation:
 
     def begin(self, round: int) -> None:
         """`round` starts: fetch what the one after it reads. A slow fetch goes on beside the rounds; nobody waits for it."""
-        if self._prefetch is None or self._prefetch.done():
+        if self._source is not None and (self._prefetch is None or self._prefetch.done()):
             self._prefetch = self._tasks.create_task(self._source.prefetch(round + 1))
 
     def end(self, round: int, *, steps_left: int) -> None:
@@ -54,7 +55,7 @@ class Preparation:
             self._looked_at_s = now_s
             self._look = self._tasks.create_task(self._look_around(round))
         # As late as can be while the shard is on its way: reading without it means training on another one.
-        if steps_left <= 1 or self._prefetch is None or self._prefetch.done():
+        if self._source is not None and (steps_left <= 1 or self._prefetch is None or self._prefetch.done()):
             self._read(round + 1)
 
     def batches(self, round: int) -> asyncio.Task[RoundBatches]:
@@ -78,6 +79,7 @@ class Preparation:
         if self._batches is None or self._round != round:
             if self._batches is not None:
                 self._batches.cancel()
+            assert self._source is not None, "no rounds without data ask for it"
             self._round, self._batches = round, self._tasks.create_task(self._source.batches(round))
         return self._batches
 

@@ -42,6 +42,9 @@ class Progress:
     inner_steps: int
     traffic: Traffic
     state: Literal["joining", "training", "leaving"] = "joining"
+    stage: int | None = None
+    iteration: int = 0
+    forward_s: float = 0.0
     round: int = 0
     step: int = 0
     sequences_per_step: int = 0
@@ -142,6 +145,9 @@ class Progress:
             addresses=list(addresses)[:8],
             started_at_s=self.started_at_s,
             sent_at_s=time.time(),
+            stage=self.stage,
+            iteration=self.iteration,
+            forward_s=self.forward_s,
             round=self.round,
             step=min(self.step, self.inner_steps),
             inner_steps=self.inner_steps,

@@ -21,7 +21,7 @@ from model.errors import DataError
 from model.initial import initialise, weights_sha256
 from model.tokenizer import Tokenizer, train_tokenizer
 from model.transformer import Transformer
-from node.trainer import model_config
+from node.training_state import model_config
 from protocol.blobs import BlobStore
 from protocol.errors import UserError
 from protocol.ids import PeerId
@@ -31,6 +31,7 @@ from protocol.manifest import (
     InnerSpec,
     Manifest,
     ModelSpec,
+    PipelineSpec,
     SafetySpec,
     SyncSpec,
     TokenizerSpec,
@@ -110,6 +111,7 @@ def _draft(request: RunRequest) -> Manifest:
             inner=InnerSpec(**inner | _section(overrides, "inner")),
             sync=SyncSpec(**_section(overrides, "sync")),
             safety=SafetySpec(**_section(overrides, "safety")),
+            pipeline=PipelineSpec(**_section(overrides, "pipeline")),
             initial_state=InitialStateSpec(seed=request.seed, sha256=NO_HASH),
         )
     except ValidationError as error:

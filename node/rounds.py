@@ -12,6 +12,7 @@ next round's tokens or the directory, which node/preparation.py brings beforehan
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,13 +24,14 @@ from model.batches import RoundBatches
 from node.averaging_round import averaging_rounds, group_summary
 from node.compute import Compute
 from node.dataset import BatchSource
-from node.evaluation import Evaluation
 from node.events import EventLog
+from node.inner_steps import InnerSteps
 from node.preparation import LEAD_S, Preparation
 from node.progress import Progress
 from node.round_clock import MAX_STRETCH, RoundClock
-from node.trainer import StepStats, Trainer
-from protocol.directory import Directory
+from node.trainer import StepStats
+from node.training_state import TrainingState
+from protocol.directory import SwarmView
 from protocol.ids import PeerId
 from protocol.manifest import Manifest
 from protocol.records import PeerRecord
@@ -65,6 +67,7 @@ class RoundLoop:
     """Trains until the run ends, `max_rounds` are done, or it is stopped.
 
     Args:
+        steps: how the trainer steps.
         group: for runs that average by the group all-reduce.
         after_round: awaited with the number of each finished round (checkpoints, snapshots); it should return at once.
         announce: publishes this peer's record, so that others know its new round at once.
@@ -74,12 +77,13 @@ class RoundLoop:
         self,
         manifest: Manifest,
         *,
-        trainer: Trainer,
+        trainer: TrainingState,
+        steps: InnerSteps,
         compute: Compute,
         source: BatchSource,
         averager: Averager,
         group: GroupAverager | None = None,
-        directory: Directory,
+        directory: SwarmView,
         progress: Progress,
         events: EventLog,
         settings: RoundSettings,
@@ -87,6 +91,7 @@ class RoundLoop:
         announce: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._manifest, self._trainer, self._compute, self._source = manifest, trainer, compute, source
+        self._steps = steps
         self._averaging = averaging_rounds(manifest, averager, group)
         self._directory, self._progress = directory, progress
         self._events, self._settings = events, settings
@@ -101,6 +106,7 @@ class RoundLoop:
     def stop(self) -> None:
         """Ask the loop to end after the step in progress."""
         self._stopping.set()
+        self._steps.stop()
 
     def resume_cursor(self, cursor: int | None) -> None:
         """Start the first round's batches where a checkpoint left them."""
@@ -111,11 +117,10 @@ class RoundLoop:
         total = self._manifest.sync.total_rounds
         self._sync_progress()
         pending: asyncio.Task[None] | None = None
-        evaluation = Evaluation(self._trainer, self._compute)
         async with asyncio.TaskGroup() as tasks:
             preparation = Preparation(
                 tasks,
-                source=self._source,
+                source=self._source if self._steps.reads_data else None,
                 directory=self._directory,
                 run=self._manifest.run_id,
                 peer=self._progress.peer,
@@ -125,7 +130,7 @@ class RoundLoop:
                 await self._inner_steps(preparation, pending)
                 if self._stopping.is_set():
                     break
-                pending = await self._exchange(tasks, preparation, evaluation)
+                pending = await self._exchange(tasks, preparation)
             preparation.cancel()
             if pending is not None:
                 pending.cancel()
@@ -154,17 +159,13 @@ class RoundLoop:
 
     async def _inner_steps(self, preparation: Preparation, pending: asyncio.Task[None] | None) -> None:
         """The rest of the current round, and the end of the exchange of the last one, which applies between two steps."""
-        batches = await self._unless_stopped(preparation.batches(self._trainer.round))
-        if batches is None:
+        if self._steps.reads_data and not await self._read_batches(preparation):
             return
-        self.batches = batches
-        if self._resumed_cursor is not None:
-            self.batches.cursor, self._resumed_cursor = self._resumed_cursor, None
         loop = asyncio.get_running_loop()
         started, first = loop.time(), self._trainer.step_in_round
         while self._has_more_steps(pending) and not self._stopping.is_set():
             self._prepare_end(preparation)
-            stats, seconds = await self._compute.timed(self._trainer.step, batches, self._progress.sequences_per_step)
+            stats, seconds = await self._steps.step(self.batches)
             self._count_step(stats, seconds)
         steps = self._trainer.step_in_round - first
         if steps:
@@ -173,9 +174,22 @@ class RoundLoop:
         if pending is not None:
             await self._unless_stopped(pending)
 
+    async def _read_batches(self, preparation: Preparation) -> bool:
+        """Those of the current round; False if the owner leaves first."""
+        batches = await self._unless_stopped(preparation.batches(self._trainer.round))
+        if batches is None:
+            return False
+        self.batches = batches
+        if self._resumed_cursor is not None:
+            self.batches.cursor, self._resumed_cursor = self._resumed_cursor, None
+        return True
+
     def _has_more_steps(self, pending: asyncio.Task[None] | None) -> bool:
         """Whether the round goes on: it has its planned steps, and rather than wait it takes more of them, while the last
         round's exchange is under way or the others are behind."""
+        common = self._steps.round_now
+        if common is not None:
+            return common <= self._trainer.round
         done, planned = self._trainer.step_in_round, self._manifest.sync.inner_steps
         if done < planned:
             return True
@@ -193,7 +207,8 @@ class RoundLoop:
     def _count_step(self, stats: StepStats, seconds: float) -> None:
         now_s = asyncio.get_running_loop().time()
         self._progress.count_step(loss=stats.loss, tokens=stats.tokens, seconds=seconds, now_s=now_s)
-        self._events.emit("step", round=self._trainer.round, step=self._progress.step, loss=round(stats.loss, 4))
+        loss = round(stats.loss, 4) if math.isfinite(stats.loss) else None
+        self._events.emit("step", round=self._trainer.round, step=self._progress.step, loss=loss)
 
     def _resize(self, round_s: float) -> None:
         """Fit the batch of the next round to the target time."""
@@ -203,9 +218,7 @@ class RoundLoop:
 
     # ---- the exchange
 
-    async def _exchange(
-        self, tasks: asyncio.TaskGroup, preparation: Preparation, evaluation: Evaluation
-    ) -> asyncio.Task[None] | None:
+    async def _exchange(self, tasks: asyncio.TaskGroup, preparation: Preparation) -> asyncio.Task[None] | None:
         """Close the round and start its exchange; without overlap, or at the end of the run, wait for it."""
         next_round = self._next_round()
         divergences = self._trainer.num_divergences
@@ -221,7 +234,7 @@ class RoundLoop:
         if overlapped:
             limit_s = min(limit_s, DEADLINE_SHARE * max(self._round_s, sync.round_target_s))
         tasks.create_task(self._announce())
-        exchange = tasks.create_task(self._settle(update, limit_s, preparation, evaluation))
+        exchange = tasks.create_task(self._settle(update, limit_s, preparation))
         if overlapped:
             return exchange
         await self._unless_stopped(exchange)
@@ -230,8 +243,8 @@ class RoundLoop:
     def _next_round(self) -> int:
         """One more than the round just finished, or the swarm's if that is further on."""
         self._observe()
-        own = self._trainer.round
-        following = self._clock.next_round(own)
+        own, common = self._trainer.round, self._steps.round_now
+        following = self._clock.next_round(own) if common is None else max(common, own + 1)
         if following > own + 1:
             self._events.emit("round_skipped", own=own + 1, swarm=following)
         return following
@@ -246,7 +259,7 @@ class RoundLoop:
         records = self._directory.peers
         return {peer: r for peer, r in records.items() if r.role == "trainer" and r.state == "training"}
 
-    async def _settle(self, update: Update, limit_s: float, preparation: Preparation, evaluation: Evaluation) -> None:
+    async def _settle(self, update: Update, limit_s: float, preparation: Preparation) -> None:
         """Exchange with a partner, take the outer step, and measure where that leaves us."""
         deadline_s, finished = asyncio.get_running_loop().time() + limit_s, update.round
         await preparation.looked(timeout_s=limit_s)
@@ -258,10 +271,11 @@ class RoundLoop:
             self._events.emit("exchange", **note.model_dump())
         if averaged.group is not None:
             self._events.emit("group_round", round=finished, **group_summary(averaged.group))
-        loss = await evaluation.after_round(last=self._finished(self._manifest.sync.total_rounds))
-        self._progress.count_validation(loss, finished + 1)
-        share = round(self._progress.training_share or 0.0, 4)
-        self._events.emit("validation", round=finished + 1, loss=round(loss, 4), training_share=share)
+        loss = await self._steps.measure(last=self._finished(self._manifest.sync.total_rounds))
+        if loss is not None:
+            self._progress.count_validation(loss, finished + 1)
+            share = round(self._progress.training_share or 0.0, 4)
+            self._events.emit("validation", round=finished + 1, loss=round(loss, 4), training_share=share)
         await self._after_round(finished)
 
 

@@ -21,7 +21,7 @@ from node.demo_settings import DEMO_HELDOUT_TOKENS, DEMO_MAX_CHARS, DEMO_MODEL, 
 from node.events import EventLog
 from node.peer import Peer, PeerOptions, Summary
 from node.publish import RunRequest, make_run
-from node.trainer import model_config
+from node.training_state import model_config
 from protocol.blobs import BlobStore
 from protocol.directory import validate_entry
 from protocol.identity import Identity

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from model.errors import CheckpointError
 from node.compute import Compute
 from node.events import EventLog
-from node.trainer import Trainer
+from node.training_state import TrainingState
 from protocol.blob_exchange import fetch_blob
 from protocol.blobs import BlobStore
 from protocol.errors import LlmNodeError, UserError
@@ -31,6 +31,8 @@ NUM_KEEPERS = 4
 """Peers that hold each snapshot, its publisher included; one more than the votes a joiner asks for."""
 NUM_KEPT = 2
 """Snapshots a peer keeps; as many as its record has room for."""
+MAX_DISTANCE = 0.5
+"""A stage's snapshot, which has no loss to judge by, may differ so much from the keeper's own weights, relatively."""
 LOSS_MARGIN = 0.15
 """A snapshot may be this much worse (nats per token) than the keeper's own weights."""
 
@@ -61,7 +63,7 @@ class SnapshotKeeper:
         run: RunId,
         peer: PeerId,
         every_rounds: int,
-        trainer: Trainer,
+        trainer: TrainingState,
         compute: Compute,
         store: BlobStore,
         transport: Transport,
@@ -82,6 +84,10 @@ class SnapshotKeeper:
         if round // self._every == self._epoch:  # not `round % every`: a peer that skips rounds may skip that one
             return
         self._epoch = round // self._every
+        await self.publish_in_turn(round, live)
+
+    async def publish_in_turn(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
+        """Publish the state after `round` if the lot of that round says so."""
         if order_for_epoch(self._run, round // self._every, [self._peer, *live])[0] == self._peer:
             data = await self._compute.run(self._trainer.snapshot)
             try:
@@ -142,7 +148,9 @@ class SnapshotKeeper:
             self._events.emit("snapshot_unavailable", round=ref.round, root=ref.root[:12], reason=str(error))
             return False
         loss, own = await self._compute.run(self._trainer.evaluate, weights), self._own_loss(ref.round)
-        if own is not None and not loss <= own + LOSS_MARGIN:
+        if loss is None and not await self._compute.run(self._trainer.distance, weights) <= MAX_DISTANCE:
+            return self._refuse(ref, donors, "it is far from our own state")
+        if own is not None and loss is not None and not loss <= own + LOSS_MARGIN:
             return self._refuse(ref, donors, f"its held-out loss {loss:.3f} is far above our own {own:.3f}")
         return True
 

@@ -1,36 +1,26 @@
-"""The training state of one peer and everything that torch does to it. Synchronous: the node calls it on its compute thread.
-
-A round is `inner_steps` calls of `step`, then `pack` (what to send) and, whenever the exchange has ended, `apply`. With
-overlap, `apply` happens between two steps of the next round: the weights get the outer step's correction and keep the
-local progress made meanwhile.
+"""The trainer of a whole replica: batches of one's own, and everything that torch does with them. Synchronous: the node calls it on
+its compute thread. What it shares with the trainer of a stage is in node/training_state.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from averaging.admission import AdmissionConfig
-from averaging.flatten import FlatParameters
-from averaging.replica import Outcome, Replica, ReplicaConfig
-from averaging.update import RemoteUpdate, Update
 from model.batches import RoundBatches
-from model.config import ModelConfig
 from model.data import Tokens
 from model.initial import initialise, weights_sha256
-from model.optim import InnerConfig, build_optimizer, learning_rate, set_learning_rate
 from model.transformer import Transformer
-from model.weights import decode_weights, encode_weights
 from node.heldout import Heldout
+from node.training_state import TrainingState, model_config
 from protocol.errors import UserError
 from protocol.manifest import Manifest
 
-__all__ = ["StepStats", "Trainer", "inner_config", "model_config", "new_model"]
+__all__ = ["StepStats", "Trainer", "new_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +29,6 @@ class StepStats:
 
     loss: float
     tokens: int
-
-
-def model_config(manifest: Manifest) -> ModelConfig:
-    """The manifest's model section as the model's own configuration."""
-    return ModelConfig(**manifest.model.model_dump())
-
-
-def inner_config(manifest: Manifest) -> InnerConfig:
-    """The manifest's inner section as the optimizer's own configuration."""
-    return InnerConfig(**manifest.inner.model_dump())
 
 
 def new_model(manifest: Manifest, *, verify: bool = True) -> Transformer:
@@ -70,7 +50,7 @@ def new_model(manifest: Manifest, *, verify: bool = True) -> Transformer:
     return model
 
 
-class Trainer:
+class Trainer(TrainingState):
     """Model, inner optimizer and slow weights of one peer.
 
     Args:
@@ -80,76 +60,22 @@ class Trainer:
     """
 
     def __init__(self, manifest: Manifest, *, heldout: Tokens, device: str = "cpu") -> None:
-        self.manifest = manifest
-        sync, safety = manifest.sync, manifest.safety
         self.model = new_model(manifest).to(device)
-        self.flat = FlatParameters(self.model)
-        self._inner = inner_config(manifest)
-        self.optimizer = build_optimizer(self.model, self._inner)
-        self.replica = Replica(
-            self.flat.theta,
-            ReplicaConfig.of(sync, admission=AdmissionConfig(**safety.model_dump()), compiled=None),
-        )
+        super().__init__(manifest, self.model)
         self.heldout = Heldout(heldout, sequence_tokens=manifest.inner.sequence_tokens)
         self.affordable_pieces: int | None = None
         """Pieces of the held-out set to measure foreign weights by; None for all. Set while training, see node/evaluation.py."""
         self._device = device
-        self.round = 0
-        self.step_in_round = 0
-        self.tokens_in_round = 0
-        self.tokens = 0
-        self.num_divergences = 0
-        """Rounds that ended with weights that were not finite and were given up."""
-
-    @property
-    def total_steps(self) -> int:
-        """Inner steps of a finite run; 0 for a run without end."""
-        return self.manifest.sync.total_rounds * self.manifest.sync.inner_steps
 
     def step(self, batches: RoundBatches, num_sequences: int) -> StepStats:
         """One inner step on `num_sequences` sequences drawn from `batches`."""
         batch = batches.next(num_sequences).to(self._device)
-        sync = self.manifest.sync
-        step = self.round * sync.inner_steps + min(
-            self.step_in_round, sync.inner_steps - 1
-        )  # a stretched round is one round
-        decay_steps = sync.decay_rounds * sync.inner_steps
-        rate = learning_rate(step, config=self._inner, total_steps=self.total_steps, decay_steps=decay_steps)
-        set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=False)
         loss = self.model.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._inner.clip_norm)
-        self.optimizer.step()
         tokens = num_sequences * self.manifest.inner.sequence_tokens
-        self.step_in_round += 1
-        self.tokens_in_round += tokens
-        self.tokens += tokens
+        self.take_step(tokens)
         return StepStats(loss=float(loss.detach()), tokens=tokens)
-
-    def end_round(self, next_round: int) -> Update:
-        """Close the round: what to send for it; the next step belongs to `next_round`. After a skip the update carries the number
-        before that, under which the others exchange now. A round that diverged is given up: the
-        update then says that nothing changed."""
-        try:
-            update = self.replica.pack(round=next_round - 1, tokens=self.tokens_in_round)
-        except FloatingPointError:
-            self._go_back()
-            update = self.replica.pack(round=next_round - 1, tokens=1)
-        self.round = next_round
-        self.step_in_round = 0
-        self.tokens_in_round = 0
-        return update
-
-    def _go_back(self) -> None:
-        """The weights are not finite: return to the slow weights, which are, and forget the optimizer's state."""
-        self.num_divergences += 1
-        self.flat.theta.copy_(self.replica.phi)
-        self.optimizer = build_optimizer(self.model, self._inner)
-
-    def apply(self, partners: Sequence[RemoteUpdate], group_mean: memoryview | None = None) -> Outcome:
-        """The outer step of the last closed round, alone when `partners` is empty and there is no mean of a group."""
-        return self.replica.apply(partners, steps_since_pack=self.step_in_round, group_mean=group_mean)
 
     def evaluate(self, weights: Mapping[str, Tensor] | None = None) -> float:
         """Mean loss over the held-out set in nats per token, of the current weights or of others of the same shapes.
@@ -182,71 +108,3 @@ class Trainer:
         finally:
             for name, parameter in self.model.named_parameters():
                 parameter.data = own[name]
-
-    def snapshot(self) -> bytes:
-        """The slow weights as a safetensors file, which joiners start from."""
-        return encode_weights(self.flat.views(self.replica.phi))
-
-    def read_snapshot(self, data: bytes) -> dict[str, Tensor]:
-        """Decode a snapshot of this run's model.
-
-        Raises:
-            CheckpointError: other names, shapes or types, or values that are not finite.
-        """
-        return decode_weights(data, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
-
-    def adopt(self, weights: Mapping[str, Tensor], round: int) -> None:
-        """Enter the swarm at `round` with another peer's slow weights; momentum and optimizer start from zero, and what was
-        trained in the present round is not claimed."""
-        phi = torch.empty_like(self.flat.theta)
-        for name, view in self.flat.views(phi).items():
-            view.copy_(weights[name])
-        self.replica.replace_slow(phi)
-        self.optimizer = build_optimizer(self.model, self._inner)
-        self.round = round
-        self.tokens_in_round = 0
-
-    def checkpoint(self, batches: RoundBatches | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything needed to go on: tensors, and a JSON-able part with the counters and the data cursor."""
-        tensors = {f"replica.{key}": value for key, value in self.replica.state_dict().items()}
-        tensors["theta"] = self.flat.theta
-        optimizer = self.optimizer.state_dict()
-        for index, state in optimizer["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
-        meta = {
-            "round": self.round,
-            "step_in_round": self.step_in_round,
-            "tokens_in_round": self.tokens_in_round,
-            "tokens": self.tokens,
-            # Before a round's first step, `batches` may still be those of the round before.
-            "cursor": batches.cursor if batches is not None and self.step_in_round else None,
-            "admission": self.replica.admission.state_dict(),
-            "optimizer": {
-                str(index): {key: v for key, v in state.items() if not isinstance(v, Tensor)}
-                for index, state in optimizer["state"].items()
-            },
-        }
-        return tensors, meta
-
-    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Go on where `checkpoint` left off.
-
-        Raises:
-            KeyError, ValueError, RuntimeError: the checkpoint belongs to another model.
-        """
-        self.replica.load_state_dict(
-            {key.removeprefix("replica."): value for key, value in tensors.items() if key.startswith("replica.")}
-        )
-        self.replica.admission.load_state_dict(meta["admission"])
-        self.flat.theta.copy_(tensors["theta"])
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {int(index): dict(state) for index, state in meta["optimizer"].items()}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                optimizer["state"][int(index)][name] = value.clone()
-        self.optimizer.load_state_dict(optimizer)
-        self.round = int(meta["round"])
-        self.step_in_round = int(meta["step_in_round"])
-        self.tokens_in_round = int(meta["tokens_in_round"])
-        self.tokens = int(meta["tokens"])

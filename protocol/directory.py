@@ -18,6 +18,7 @@ import hashlib
 import logging
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ __all__ = [
     "MAX_EXPIRY_S",
     "MAX_LIFE_S",
     "Directory",
+    "SwarmView",
     "bucket_key",
     "pack_record",
     "unpack_record",
@@ -127,7 +129,20 @@ class _Sighting:
     """Loop time at which its sequence was last seen to grow."""
 
 
-class Directory:
+class SwarmView(ABC):
+    """What most parts of a peer need of the directory: who is there."""
+
+    @property
+    @abstractmethod
+    def peers(self) -> Mapping[PeerId, PeerRecord]:
+        """The newest record of every other peer that is alive and not leaving."""
+
+    @abstractmethod
+    async def refresh(self, *, extra: bytes | None = None) -> Mapping[PeerId, PeerRecord]:
+        """Look again; returns the new `peers`. See `Directory.refresh`."""
+
+
+class Directory(SwarmView):
     """One peer's view of the swarm.
 
     Args:

@@ -71,6 +71,10 @@ class Manifest(Section):
             raise ValueError("inner.sequence_tokens must not exceed model.max_sequence_tokens")
         if self.data.heldout_tokens <= self.inner.sequence_tokens:
             raise ValueError("data.heldout_tokens must exceed inner.sequence_tokens")
+        if self.pipeline.stages > self.model.num_layers:
+            raise ValueError(
+                f"pipeline.stages {self.pipeline.stages} is more than the model's {self.model.num_layers} layers; lower it"
+            )
         if self.model.num_parameters <= (self.sync.fragments - 1) * FRAGMENT_BLOCK:
             raise ValueError(
                 f"sync.fragments {self.sync.fragments} is too many for {self.model.num_parameters} parameters, "

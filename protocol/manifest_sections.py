@@ -131,10 +131,29 @@ class SafetySpec(Section):
 
 
 class PipelineSpec(Section):
-    """Splitting a model that is larger than a peer."""
+    """Splitting a model that is larger than a peer (docs/PIPELINE.md)."""
 
-    stages: int = Field(default=1, ge=1, le=1)
-    """Number of pipeline stages; this version trains whole replicas, so it must be 1."""
+    stages: int = Field(default=1, ge=1, le=64)
+    """Number of pipeline stages; with 1 every peer trains a whole replica."""
+    skip_ratio: float = Field(default=0.25, ge=0.0, le=0.5)
+    """Share of the stages that a microbatch skips."""
+    codec: Literal["fp32", "bf16", "q8"] = "bf16"
+    """Format of activations and their gradients between stages."""
+    microbatch_sequences: int = Field(default=4, ge=1, le=1024)
+    """Sequences per microbatch."""
+    microbatches: int = Field(default=6, ge=1, le=1024)
+    """Microbatches that a peer of stage 0 starts per iteration."""
+    slots: int = Field(default=6, ge=1, le=1024)
+    """Microbatches that a peer holds between forward and backward pass."""
+    hop_timeout_s: float = Field(default=30.0, gt=0.0, le=3600.0)
+    """Time for one peer to take a microbatch over, its queue and its work included."""
+    iteration_timeout_s: float = Field(default=120.0, gt=0.0, le=86_400.0)
+    """No iteration takes longer; what has not come back by then does not count."""
+
+    @property
+    def path_length(self) -> int:
+        """Stages that a microbatch visits; at least two of several."""
+        return max(min(self.stages, 2), self.stages - round(self.stages * self.skip_ratio))
 
 
 class InitialStateSpec(Section):

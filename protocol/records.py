@@ -69,6 +69,12 @@ class PeerRecord(_Strict):
     """Unix time of this record, by the peer's clock. For display and the clock-skew warning; and the directory refuses
     an expiry long after it, so that an old record cannot be re-stored to outlive newer ones."""
 
+    stage: Annotated[int, Field(ge=0, lt=64)] | None = None
+    """The pipeline stage that this peer holds; None for a whole replica."""
+    iteration: Count = 0
+    """The pipeline's iteration that it is in."""
+    forward_s: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    """Its stage's forward pass of one microbatch; 0 if not measured yet."""
     round: Round = 0
     step: Count = 0
     """Inner steps taken in this round."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,7 +21,7 @@ from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCO
 from node.pipeline.rules import is_order
 from protocol.errors import LlmNodeError, ProtocolError
 from protocol.ids import PeerId, RunId
-from protocol.transport import Transport
+from protocol.transport import Stream, Transport
 from protocol.wire import read_bulk, read_message, write_bulk, write_message
 
 __all__ = ["Handover", "Router", "StageTerms"]
@@ -61,10 +61,16 @@ class Router(Protocol):
 
 
 class Handover:
-    """The outgoing side of a stage peer."""
+    """The outgoing side of a stage peer.
 
-    def __init__(self, terms: StageTerms, transport: Transport, router: Router) -> None:
-        self._terms, self._transport, self._router = terms, transport, router
+    Args:
+        on_failure: told of every task that a peer did not take, and why.
+    """
+
+    def __init__(
+        self, terms: StageTerms, transport: Transport, router: Router, on_failure: Callable[[Task, str], None]
+    ) -> None:
+        self._terms, self._transport, self._router, self._on_failure = terms, transport, router, on_failure
 
     async def forward(self, task: Task, payload: memoryview, taken: asyncio.Future[bool]) -> bool:
         """Pass activations on.
@@ -146,7 +152,8 @@ class Handover:
             yield task.model_copy(update={"position": following, "path": other})
         shorter = [*path[:following], *path[following + 1 :]]
         stages = [self._router.stage_of(PeerId(peer)) for peer in shorter]
-        if self._terms.may_skip and None not in stages and is_order([stage for stage in stages if stage is not None]):
+        is_path = len(shorter) > 1 and None not in stages  # the origin alone is none
+        if self._terms.may_skip and is_path and is_order([stage for stage in stages if stage is not None]):
             yield from self._ways(task.model_copy(update={"path": shorter}))
 
     def _replacements(self, path: list[str], position: int) -> list[PeerId]:
@@ -160,15 +167,22 @@ class Handover:
             async with asyncio.timeout(self._terms.hop_timeout_s) as limit:
                 async with await self._transport.open(PeerId(task.path[task.position]), TASK_PROTOCOL) as stream:
                     await write_message(stream, task)
-                    if not (await read_message(stream, Reply)).ok:
+                    if not await self._is_yes(stream, task):
                         return False
                     await write_bulk(stream, payload)
                     if not taken.done():
                         taken.set_result(True)
                     limit.reschedule(asyncio.get_running_loop().time() + self._terms.hop_timeout_s)
-                    return (await read_message(stream, Reply)).ok
-        except (LlmNodeError, TimeoutError):
+                    return await self._is_yes(stream, task)
+        except (LlmNodeError, TimeoutError) as error:
+            self._on_failure(task, str(error) or "too slow")
             return False
+
+    async def _is_yes(self, stream: Stream, task: Task) -> bool:
+        reply = await read_message(stream, Reply)
+        if not reply.ok:
+            self._on_failure(task, reply.reason)
+        return reply.ok
 
     async def _give_back(self, task: Task, payload: memoryview) -> bool | None:
         """Hand a gradient to one peer. True or False: it was told to count, which succeeded as far as we know or not; None: it was
@@ -178,13 +192,14 @@ class Handover:
             async with asyncio.timeout(self._terms.hop_timeout_s):
                 async with await self._transport.open(PeerId(task.path[task.position]), TASK_PROTOCOL) as stream:
                     await write_message(stream, task)
-                    if not (await read_message(stream, Reply)).ok:
+                    if not await self._is_yes(stream, task):
                         return None
                     await write_bulk(stream, payload)
-                    if not (await read_message(stream, Reply)).ok:
+                    if not await self._is_yes(stream, task):
                         return None
                     has_computed = True
                     await write_message(stream, Reply(ok=True))
                     return True
-        except (LlmNodeError, TimeoutError):
+        except (LlmNodeError, TimeoutError) as error:
+            self._on_failure(task, str(error) or "too slow")
             return False if has_computed else None  # it may have heard it: nobody else is asked

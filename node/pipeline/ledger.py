@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Literal
 
 from node.pipeline.handover import Router, StageTerms
@@ -72,7 +73,7 @@ class Ledger:
         self.iteration = 0
         self._terms, self._router, self._turnstile, self._on_forget = terms, router, turnstile, on_forget
         self._held: dict[MicrobatchKey, Held] = {}
-        self._ended: set[PeerId] = set()
+        self._ended: dict[PeerId, int] = {}
         self._changed = asyncio.Event()
 
     # ---- microbatches
@@ -110,25 +111,41 @@ class Ledger:
 
     # ---- iterations
 
-    def has_ended(self, peer: PeerId) -> None:
-        """A peer of stage 0 has no microbatch of this iteration under way any more."""
-        self._ended.add(peer)
+    def note_end(self, peer: PeerId, iteration: int) -> None:
+        """A peer of stage 0 has no microbatch of that iteration under way any more."""
+        self._ended[peer] = max(iteration, self._ended.get(peer, -1))
         self._change()
 
-    async def wait_for_end(self, origins: Iterable[PeerId]) -> None:
-        """Until all of these have said that the iteration ended."""
-        wanted = set(origins)
-        while not wanted <= self._ended:
+    def has_ended(self, peer: PeerId) -> bool:
+        """Whether it has said so of the present iteration, or of a later one."""
+        return self._ended.get(peer, -1) >= self.iteration
+
+    async def wait_for_end(self, origins: Iterable[PeerId]) -> bool:
+        """Until all of these have said that the iteration ended (True), or most of them are further on (False)."""
+        wanted = list(origins)
+        while not all(self.has_ended(peer) for peer in wanted):
+            if self._swarm_iteration() > self.iteration + 1:
+                return False
             await self._changed.wait()
+        return True
 
     def next_iteration(self) -> None:
-        """Forget everything, and begin the next iteration."""
+        """Forget everything, and begin the next iteration, or the one that the swarm is in if that is further on."""
         for key, held in list(self._held.items()):
             held.lose("the iteration is over")
             self.forget(key)
-        self.iteration += 1
-        self._ended.clear()
+        self.iteration = max(self.iteration + 1, self._swarm_iteration())
         self._change()
+
+    def begin_at(self, iteration: int) -> None:
+        """Enter a swarm that is in this iteration."""
+        assert not self._held
+        self.iteration = iteration
+        self._change()
+
+    def _swarm_iteration(self) -> int:
+        """The one that most origins have reached: the median, since a single one can say anything."""
+        return median_low([iteration + 1 for iteration in self._ended.values()]) if self._ended else 0
 
     def _change(self) -> None:
         self._changed.set()
@@ -140,6 +157,8 @@ class Ledger:
         """Why a task does not fit, or None. One of the next iteration waits here until that begins."""
         if task.run != self._terms.run:
             return "wrong-run"
+        if task.kind == "forward" and sender == task.path[0] and self._router.stage_of(sender) == 0:
+            self.note_end(sender, task.iteration - 1)  # in case its notice was lost
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._terms.hop_timeout_s):
                 while task.iteration == self.iteration + 1:

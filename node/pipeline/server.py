@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ class StageServer:
         codec: of activations and gradients.
         router: who holds what.
         violations: counts broken rules per peer.
+        on_failure: told of every task that a peer did not take from us, and why.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class StageServer:
         codec: ActivationCodec,
         router: Router,
         violations: Counter[PeerId],
+        on_failure: Callable[[Task, str], None] = lambda task, reason: None,
     ) -> None:
         self._terms, self._compute, self._worker, self._codec = terms, compute, worker, codec
-        self._violations = violations
-        self._handover = Handover(terms, transport, router)
+        self._violations, self._router = violations, router
+        self._handover = Handover(terms, transport, router, on_failure)
         self._turnstile = Turnstile(terms.slots)
         self._ledger = Ledger(terms, router, self._turnstile, worker.forget)
         transport.handle(TASK_PROTOCOL, self.serve_task)
@@ -112,15 +114,28 @@ class StageServer:
     async def announce_end(self, peers: Iterable[PeerId]) -> None:
         """Tell everybody that none of our microbatches of this iteration is under way."""
         notice = Notice(run=self._terms.run, iteration=self.iteration, kind="end")
-        self._ledger.has_ended(self._terms.peer)
+        self._ledger.note_end(self._terms.peer, self.iteration)
         async with asyncio.TaskGroup() as tasks:
             for peer in peers:
                 if peer != self._terms.peer:
                     tasks.create_task(self._handover.notify(peer, notice))
 
-    async def wait_for_end(self, origins: Iterable[PeerId]) -> None:
-        """Until all of these have said that the iteration ended; the caller sets the deadline."""
-        await self._ledger.wait_for_end(origins)
+    async def wait_for_end(self, origins: Iterable[PeerId]) -> bool:
+        """Until all of these have said that the iteration ended (True), or most of them are further on (False); the caller sets
+        the deadline."""
+        return await self._ledger.wait_for_end(origins)
+
+    def note_end(self, peer: PeerId, iteration: int) -> None:
+        """Somebody else says that an origin has ended that iteration: its own record."""
+        self._ledger.note_end(peer, iteration)
+
+    def has_ended(self, peer: PeerId) -> bool:
+        """Whether that origin has said that the iteration ended."""
+        return self._ledger.has_ended(peer)
+
+    def begin_at(self, iteration: int) -> None:
+        """Enter a swarm that is in this iteration; before anything is served."""
+        self._ledger.begin_at(iteration)
 
     def next_iteration(self) -> None:
         """Forget what is still here, and serve the next iteration. The caller has taken the inner step."""
@@ -159,10 +174,13 @@ class StageServer:
     async def serve_notice(self, stream: Stream) -> None:
         """Handler of a Notice."""
         notice = await read_message(stream, Notice)
-        if notice.run != self._terms.run or notice.iteration != self.iteration:
+        if notice.run != self._terms.run:
             return
         if notice.kind == "end":
-            self._ledger.has_ended(stream.peer)
+            if self._router.stage_of(stream.peer) == 0:
+                self._ledger.note_end(stream.peer, notice.iteration)
+            return
+        if notice.iteration != self.iteration:
             return
         held = self._ledger.find((self._terms.peer, notice.microbatch))
         if held is not None and (notice.kind == "lost") == (held.phase == "out"):

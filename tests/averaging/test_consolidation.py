@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from averaging.consolidation import Agreement, Consolidation, num_rounds
+from averaging.consolidation import Agreement, Consolidation, agreeing_partners, num_rounds
 from averaging.outer import OuterConfig
 from averaging.replica import Replica, ReplicaConfig
 from averaging.update import RemoteUpdate
@@ -146,3 +146,10 @@ def test_one_that_met_nobody_in_the_whole_run_joins_in() -> None:
     meet_at_random(gossip, num_rounds(3))
     after = stacked(gossip, [0, 1, 2])
     assert torch.cdist(after, after).max() < TOLERANCE * after.norm(dim=1).min()
+
+
+def test_two_cliques_can_not_both_agree() -> None:
+    assert [agreeing_partners(others) for others in (0, 1, 2, 3, 5, 6, 7, 15, 1023)] == [1, 1, 2, 2, 3, 3, 4, 5, 11]
+    for num_peers in range(2, 9):
+        clique = 1 + agreeing_partners(num_peers - 1)
+        assert 2 * clique > num_peers

@@ -1,14 +1,21 @@
-"""Microbatches over real libp2p streams: a pipeline without skips is the unsplit model."""
+"""Pipelines over real libp2p streams: without skips the unsplit model; and a whole run by real processes, to an exported model."""
 
 from __future__ import annotations
 
+import functools
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from model.transformer import Transformer
+from model.weights import decode_weights
+from node.training_state import model_config
 from protocol.identity import Identity
 from protocol.libp2p import Libp2pTransport
+from protocol.manifest import Manifest
+from tests.net.swarm import RUN_SETTINGS, Swarm
 from tests.node.pipeline.stages import Pipeline, gradients, train_all, whole_gradients
 
 pytestmark = pytest.mark.net
@@ -40,3 +47,43 @@ async def test_over_libp2p_the_gradients_are_the_unsplit_models(tmp_path: Path) 
         assert sum(losses) / 4 == pytest.approx(expected_loss, abs=1e-5)  # type: ignore[arg-type]
         found = gradients(pipeline)
         assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-5
+
+
+def test_processes_train_a_model_that_none_of_them_holds(tmp_path: Path) -> None:
+    """init, bootstrap, four joins in two stages; the bootstrap node's home exports the whole."""
+    settings = RUN_SETTINGS | {
+        "model.num_layers": 4,
+        "pipeline.stages": 2,
+        "pipeline.skip_ratio": 0.0,
+        "pipeline.microbatches": 3,
+        "sync.inner_steps": 8,
+        "sync.total_rounds": 3,
+        "sync.round_target_s": 5.0,
+        "sync.snapshot_rounds": 1,
+    }
+    with Swarm(tmp_path, settings) as swarm:
+        bootstrap = swarm.bootstrap()
+        peers = [swarm.join(f"peer-{number}", f"--peer={bootstrap.address}") for number in range(4)]
+        stages = sorted(peer.wait_for("stage")["stage"] for peer in peers)
+        assert stages == [0, 0, 1, 1]
+        for stage in range(2):
+            is_last = functools.partial(_is_archived, stage=stage, round=3)
+            bootstrap.wait_for("stage_archived", is_last)
+        summaries = [peer.wait_for("summary") for peer in peers]
+        outcomes = [(e["round"], e["outcome"]) for peer in peers for e in peer.events if e["event"] == "exchange"]
+        assert any(summary["exchanges_ok"] for summary in summaries), outcomes
+        assert all(peer.wait_for("consolidated")["agreed"] for peer in peers)
+        losses = [e["loss"] for peer in peers for e in peer.events if e["event"] == "step" and e["loss"] is not None]
+        assert losses[-1] < losses[0] - 0.3
+        done = swarm.command("export", str(tmp_path / "exported"), f"--home={bootstrap.home}")
+        assert done.returncode == 0, done.stderr
+        refused = swarm.command("export", str(tmp_path / "nothing"), f"--home={peers[0].home}")
+        assert refused.returncode != 0
+        assert "export from the home of the bootstrap node" in refused.stderr
+    whole = Transformer(model_config(Manifest.from_toml((tmp_path / "run.toml").read_text())))
+    expected = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    assert decode_weights((tmp_path / "exported" / "model.safetensors").read_bytes(), expected)
+
+
+def _is_archived(event: dict[str, Any], *, stage: int, round: int) -> bool:
+    return bool(event["stage"] == stage and event["round"] == round)

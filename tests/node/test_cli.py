@@ -31,6 +31,7 @@ COMMANDS = [
     ["export"],
     ["demo"],
     ["simulate"],
+    ["plan"],
     ["identity"],
     ["identity", "show"],
     ["identity", "backup"],

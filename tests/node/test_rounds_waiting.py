@@ -15,6 +15,7 @@ from model.data import Tokens, decode_tokens
 from node.compute import VirtualCompute
 from node.dataset import BatchSource
 from node.events import EventLog
+from node.inner_steps import BatchSteps
 from node.preparation import LEAD_S
 from node.progress import Progress
 from node.rounds import RoundLoop, RoundSettings
@@ -105,10 +106,12 @@ class Alone:
             self.progress.state = "training"
             self.directory = SlowDirectory(dht=transport.dht, identity=identity, run=run)
             await self.announce()
+            compute = StepCompute()
             loop = RoundLoop(
                 self.manifest,
                 trainer=self.trainer,
-                compute=StepCompute(),
+                steps=BatchSteps(self.trainer, compute, self.progress),
+                compute=compute,
                 source=self.source,
                 averager=averager,
                 directory=self.directory,

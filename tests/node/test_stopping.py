@@ -13,6 +13,7 @@ from model.data import decode_tokens
 from node.compute import VirtualCompute
 from node.dataset import BatchSource
 from node.events import EventLog
+from node.inner_steps import BatchSteps
 from node.progress import Progress
 from node.rounds import RoundLoop, RoundSettings
 from node.trainer import Trainer
@@ -61,20 +62,23 @@ def test_it_stops_while_it_waits_for_data(tmp_path: Path, rounds: set[int]) -> N
                 max_lag_rounds=1,
             ) as averager,
         ):
+            compute = VirtualCompute(seconds_per_call=0.01)
+            progress = Progress(
+                run=manifest.run_id,
+                peer=identity.peer_id,
+                name="",
+                inner_steps=manifest.sync.inner_steps,
+                traffic=transport.traffic,
+            )
             loop = RoundLoop(
                 manifest,
                 trainer=trainer,
-                compute=VirtualCompute(seconds_per_call=0.01),
+                steps=BatchSteps(trainer, compute, progress),
+                compute=compute,
                 source=source,
                 averager=averager,
                 directory=Directory(dht=transport.dht, identity=identity, run=manifest.run_id),
-                progress=Progress(
-                    run=manifest.run_id,
-                    peer=identity.peer_id,
-                    name="",
-                    inner_steps=manifest.sync.inner_steps,
-                    traffic=transport.traffic,
-                ),
+                progress=progress,
                 events=EventLog(),
                 settings=RoundSettings(sequences=2),
                 after_round=after_round,

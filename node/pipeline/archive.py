@@ -1,0 +1,146 @@
+"""The newest state of every stage in one place, and the whole model made from them.
+
+No peer of a pipelined run holds the whole model, so somebody has to collect it: the bootstrap node keeps, for every stage, the
+newest snapshot for which enough of its replicas vote (node/catchup.py has the rule). It is a copy: a run goes on without it,
+and any node may keep one. `llm-node export` and `generate` read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.errors import CheckpointError
+from model.stage import Stage
+from model.weights import decode_weights
+from node.catchup import choose_snapshots
+from node.events import EventLog
+from node.snapshots import max_snapshot_bytes
+from node.training_state import model_config
+from protocol.blob_exchange import fetch_blob
+from protocol.blobs import BlobStore
+from protocol.directory import SwarmView
+from protocol.errors import LlmNodeError, UserError
+from protocol.ids import BlobId, PeerId
+from protocol.manifest import Manifest
+from protocol.records import SnapshotRef
+from protocol.transport import Transport
+
+__all__ = ["StageArchive", "assemble"]
+
+FILE = "stages.json"
+
+
+class StageArchive:
+    """Keeps one snapshot per stage.
+
+    Args:
+        folder: of the run; what is kept is listed there.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        directory: SwarmView,
+        transport: Transport,
+        store: BlobStore,
+        folder: Path,
+        events: EventLog,
+    ) -> None:
+        self._manifest, self._directory, self._transport = manifest, directory, transport
+        self._store, self._file, self._events = store, folder / FILE, events
+        self._held = _read(self._file)
+        self._refused: set[SnapshotRef] = set()
+
+    async def look(self) -> None:
+        """Take what is newer than what is here."""
+        for stage in range(self._manifest.pipeline.stages):
+            records = self._directory.peers
+            replicas = {peer: r for peer, r in records.items() if r.stage == stage and r.state == "training"}
+            held = self._held.get(stage)
+            for candidate in choose_snapshots(replicas):
+                is_newer = held is None or candidate.ref.round > held.round
+                is_tried = is_newer and candidate.ref not in self._refused
+                if is_tried and await self._fetch(stage, candidate.ref, list(candidate.voters)):
+                    break
+
+    async def _fetch(self, stage: int, ref: SnapshotRef, donors: list[PeerId]) -> bool:
+        blob, limit = BlobId(ref.root), max_snapshot_bytes(self._manifest.model.num_parameters)
+        try:
+            await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
+            await asyncio.to_thread(_decode, self._manifest, stage, self._store.read(blob))
+        except CheckpointError as error:
+            self._refused.add(ref)
+            self._drop(ref)
+            self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=str(error))
+            return False
+        except LlmNodeError:
+            return False  # unreachable just now
+        old = self._held.get(stage)
+        self._held[stage] = ref
+        try:
+            text = json.dumps({str(number): each.model_dump() for number, each in sorted(self._held.items())})
+            self._file.with_suffix(".tmp").write_text(text)
+            self._file.with_suffix(".tmp").replace(self._file)
+        except OSError as error:
+            self._events.emit("disk_error", path=str(self._file), reason=error.strerror or type(error).__name__)
+        if old is not None and old.root != ref.root:
+            self._drop(old)
+        self._events.emit("stage_archived", stage=stage, round=ref.round, root=ref.root[:12])
+        return True
+
+    def _drop(self, ref: SnapshotRef) -> None:
+        with contextlib.suppress(UserError):
+            self._store.remove(BlobId(ref.root))
+
+
+def assemble(manifest: Manifest, folder: Path, store: BlobStore) -> tuple[dict[str, Tensor], int]:
+    """The whole model from an archive.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Its weights by name, and the oldest round among the stages.
+
+    Raises:
+        UserError: stages are missing or damaged.
+    """
+    held = _read(folder / FILE)
+    missing = [str(stage) for stage in range(manifest.pipeline.stages) if stage not in held]
+    if missing:
+        raise UserError(
+            f"stage {', '.join(missing)} of {manifest.name} is not in this home; export from the home of the bootstrap node, "
+            "once every stage has published a state"
+        )
+    weights: dict[str, Tensor] = {}
+    for stage, ref in held.items():
+        try:
+            weights |= _decode(manifest, stage, store.read(BlobId(ref.root)))
+        except CheckpointError as error:
+            raise UserError(
+                f"the state of stage {stage} is damaged ({error}); let the bootstrap node fetch it again"
+            ) from None
+    return weights, min(ref.round for ref in held.values())
+
+
+def _decode(manifest: Manifest, stage: int, data: bytes) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        shapes = Stage(model_config(manifest), stage, manifest.pipeline.stages)
+    return decode_weights(data, {name: tuple(p.shape) for name, p in shapes.named_parameters()})
+
+
+def _read(file: Path) -> dict[int, SnapshotRef]:
+    """What an archive lists; nothing if there is none that can be read."""
+    try:
+        listed: Mapping[str, object] = json.loads(file.read_text())
+        return {int(stage): SnapshotRef.model_validate(ref) for stage, ref in listed.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -1,0 +1,108 @@
+"""Which stage a peer takes, and its replicas' view of the swarm.
+
+A joiner takes the stage that the swarm lacks most: the one whose holders together are slowest. Several who join at once would all
+take the same; so each announces its choice, looks again, and one of them, by lot, thinks again while the stages are out of balance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+
+from protocol.directory import Directory, SwarmView
+from protocol.ids import PeerId
+from protocol.records import PeerRecord
+
+__all__ = ["StageView", "choose_stage", "lacking_stage", "should_think_again"]
+
+MAX_LOOKS = 12
+CALM_LOOKS = 2
+"""Looks in a row that must find nothing to change."""
+LOOK_AGAIN_S = 1.5
+"""Between announcing a choice and looking what others have chosen: records spread in about a second."""
+
+
+async def choose_stage(
+    directory: Directory, *, num_stages: int, peer: PeerId, announce: Callable[[int], Awaitable[None]]
+) -> int:
+    """Take a stage.
+
+    Args:
+        directory: of all peers.
+        num_stages: of the run.
+        peer: ourselves.
+        announce: publishes our record with this stage in it, and looks at the directory.
+    """
+    await directory.refresh()
+    stage = lacking_stage(directory.peers, num_stages=num_stages, peer=peer)
+    await announce(stage)
+    calm = 0
+    for _ in range(MAX_LOOKS):
+        await asyncio.sleep(LOOK_AGAIN_S)
+        await directory.refresh()
+        calm += 1
+        if should_think_again(directory.peers, stage=stage, num_stages=num_stages, peer=peer):
+            stage, calm = lacking_stage(directory.peers, num_stages=num_stages, peer=peer), 0
+            await announce(stage)
+        if calm == CALM_LOOKS:
+            break
+    return stage
+
+
+def lacking_stage(records: Mapping[PeerId, PeerRecord], *, num_stages: int, peer: PeerId) -> int:
+    """The stage with the least speed, all holders together; ties by a lot of one's own.
+
+    Args:
+        records: of the other peers, those joining included.
+        num_stages: of the run.
+        peer: ourselves.
+    """
+    speeds = dict.fromkeys(range(num_stages), 0.0)
+    known = [record.forward_s for record in records.values() if record.forward_s > 0.0]
+    usual = sum(known) / len(known) if known else 1.0
+    for record in records.values():
+        if record.stage in speeds and record.state in ("joining", "training"):
+            speeds[record.stage] += 1.0 / (record.forward_s or usual)
+    return min(speeds, key=lambda stage: (speeds[stage], _lot(f"{peer}/{stage}")))
+
+
+def should_think_again(records: Mapping[PeerId, PeerRecord], *, stage: int, num_stages: int, peer: PeerId) -> bool:
+    """Whether this peer, which is about to take `stage`, leaves it to others: another stage has at least two fewer holders, and of
+    those who are joining this one it has drawn the highest lot."""
+    held = dict.fromkeys(range(num_stages), 0)
+    for record in records.values():
+        if record.stage in held and record.state in ("joining", "training"):
+            held[record.stage] += 1
+    rivals = [other for other, r in records.items() if r.stage == stage and r.state == "joining" and other != peer]
+    is_highest = all(_lot(f"{peer}") > _lot(f"{other}") for other in rivals)
+    return is_highest and held[stage] + 1 - min(held.values()) >= 2
+
+
+def _lot(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+class StageView(SwarmView):
+    """The directory as the replicas of one stage use it: peers of other stages are not there.
+
+    Everything that averages, fetches states or keeps snapshots works with it as it does in a run of whole replicas.
+
+    Args:
+        directory: of all peers.
+        stage: whose replicas to show; None shows all.
+    """
+
+    def __init__(self, directory: Directory, stage: int | None) -> None:
+        self._directory, self._stage = directory, stage
+
+    @property
+    def peers(self) -> Mapping[PeerId, PeerRecord]:
+        """The other live peers of the stage."""
+        records = self._directory.peers
+        return {peer: record for peer, record in records.items() if self._stage in (None, record.stage)}
+
+    async def refresh(self, *, extra: bytes | None = None) -> Mapping[PeerId, PeerRecord]:
+        """Read the directory; returns the new `peers`."""
+        await self._directory.refresh(extra=extra)
+        return self.peers

@@ -1,0 +1,97 @@
+"""The whole model from its stages' snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.initial import initialise
+from model.transformer import Transformer
+from model.weights import encode_weights
+from node.events import EventLog
+from node.pipeline.archive import StageArchive, assemble
+from node.pipeline.trainer import StageTrainer
+from node.training_state import model_config
+from protocol.blobs import BlobStore
+from protocol.errors import UserError
+from protocol.manifest import Manifest
+from protocol.memory import MemoryNetwork, MemoryTransport
+from protocol.records import PeerRecord, SnapshotRef
+from tests.node.pipeline.records import FixedView, peer_id, record
+from tests.node.runs import tiny_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Manifest, BlobStore]:
+    signed, store = tiny_run(tmp_path, model__num_layers=4, pipeline__stages=3)
+    return signed.manifest, store
+
+
+def publish(manifest: Manifest, store: BlobStore, stage: int, *, round: int, data: bytes | None = None) -> PeerRecord:
+    """A stage peer whose record names a snapshot, which is in the store already."""
+    data = StageTrainer(manifest, stage=stage).snapshot() if data is None else data
+    ref = SnapshotRef(round=round, root=store.put(data), size_bytes=len(data))
+    return record(stage + 1, stage, run=manifest.run_id, round=round + 1, snapshots=[ref])
+
+
+def archive(
+    manifest: Manifest, store: BlobStore, folder: Path, *records: PeerRecord
+) -> list[tuple[str, dict[str, Any]]]:
+    """One look of an archive; returns what it tells."""
+    told: list[tuple[str, dict[str, Any]]] = []
+    events = EventLog()
+    events.listen(lambda event, fields: told.append((event, fields)))
+    keeper = StageArchive(
+        manifest,
+        directory=FixedView(*records),
+        transport=MemoryTransport(MemoryNetwork(), peer_id(9)),
+        store=store,
+        folder=folder,
+        events=events,
+    )
+    asyncio.run(keeper.look())
+    return told
+
+
+def test_the_stages_make_the_model(run: tuple[Manifest, BlobStore], tmp_path: Path) -> None:
+    manifest, store = run
+    archive(manifest, store, tmp_path, *(publish(manifest, store, stage, round=4 + stage) for stage in range(3)))
+    weights, round = assemble(manifest, tmp_path, store)
+    assert round == 4
+    whole = Transformer(model_config(manifest))
+    initialise(whole, manifest.initial_state.seed)
+    assert {name: p.tolist() for name, p in whole.named_parameters()} == {
+        name: w.tolist() for name, w in weights.items()
+    }
+
+
+def test_newer_states_replace_older_ones_and_a_restart_remembers(
+    run: tuple[Manifest, BlobStore], tmp_path: Path
+) -> None:
+    manifest, store = run
+    first = publish(manifest, store, 1, round=3)
+    assert [event for event, _ in archive(manifest, store, tmp_path, first)] == ["stage_archived"]
+    assert archive(manifest, store, tmp_path, first) == []
+    trainer = StageTrainer(manifest, stage=1)
+    with torch.no_grad():
+        trainer.replica.phi.add_(1.0)
+    newer = publish(manifest, store, 1, round=8, data=trainer.snapshot())
+    assert [event for event, _ in archive(manifest, store, tmp_path, newer)] == ["stage_archived"]
+    assert not store.has(first.snapshots[0].root)  # type: ignore[arg-type]
+
+
+def test_a_state_of_another_shape_is_refused(run: tuple[Manifest, BlobStore], tmp_path: Path) -> None:
+    manifest, store = run
+    other = publish(manifest, store, 1, round=3, data=encode_weights({"x": torch.zeros(3)}))
+    assert [event for event, _ in archive(manifest, store, tmp_path, other)] == ["state_refused"]
+
+
+def test_missing_stages_are_named(run: tuple[Manifest, BlobStore], tmp_path: Path) -> None:
+    manifest, store = run
+    archive(manifest, store, tmp_path, publish(manifest, store, 1, round=3))
+    with pytest.raises(UserError, match="stage 0, 2 of tiny is not in this home"):
+        assemble(manifest, tmp_path, store)

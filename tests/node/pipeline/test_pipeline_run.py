@@ -1,0 +1,57 @@
+"""Whole peers train a model in stages, in virtual time: nobody holds all of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from node.peer import Summary
+from protocol.virtual_time import run_virtual
+from tests.node.memory_swarm import MemorySwarm
+from tests.node.runs import tiny_run
+
+STAGED: dict[str, Any] = {
+    "model__num_layers": 4,
+    "pipeline__stages": 3,
+    "pipeline__skip_ratio": 0.34,
+    "pipeline__microbatches": 3,
+    "pipeline__microbatch_sequences": 2,
+    "pipeline__hop_timeout_s": 10.0,
+    "pipeline__iteration_timeout_s": 60.0,
+    "sync__exchange_timeout_s": 10.0,
+    "sync__round_target_s": 10.0,
+}
+
+
+def losses(swarm: MemorySwarm) -> list[float]:
+    """Training losses of the peers of stage 0, in order."""
+    told = [fields["loss"] for name in swarm.events for fields in swarm.named(name, "step")]
+    return [loss for loss in told if loss is not None]
+
+
+def test_six_peers_train_three_stages(tmp_path: Path) -> None:
+    signed, store = tiny_run(tmp_path, **STAGED, sync__total_rounds=3)
+    swarm = MemorySwarm(signed, store, tmp_path)
+
+    async def story() -> list[Summary]:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(swarm.live(f"peer {number}", step_s=0.02)) for number in range(6)]
+        return [task.result() for task in running]
+
+    torch.set_num_threads(1)  # matrices this small are slower on several
+    summaries = run_virtual(story())
+    peers = list(swarm.peers.values())
+    stages = sorted(peer.progress.stage for peer in peers if peer.progress.stage is not None)
+    assert stages == [0, 0, 1, 1, 2, 2]
+    assert all(summary.finished and summary.exchanges_ok >= 2 for summary in summaries), summaries
+    found = losses(swarm)
+    assert sum(found[-4:]) / 4 < sum(found[:4]) / 4 - 0.3
+    for stage in range(3):
+        replicas = [peer.trainer for peer in peers if peer.progress.stage == stage]
+        assert all(trainer is not None and trainer.tokens > 0 for trainer in replicas)
+        thetas = [trainer.flat.theta for trainer in replicas if trainer is not None]
+        assert float((thetas[0] - thetas[1]).norm() / thetas[0].norm()) < 1e-3, "consolidated"
+        assert bool(torch.isfinite(thetas[0]).all())
