@@ -159,6 +159,9 @@ def join(
     threads: Annotated[
         int, typer.Option("--threads", min=0, help="Processor threads to train with; 0 takes what is fastest.")
     ] = 0,
+    memory: Annotated[
+        float, typer.Option("--memory", min=0.0, help="GiB of memory that training may take; 0 for what is free.")
+    ] = 0.0,
     sequences: Annotated[
         int, typer.Option("--sequences", min=0, help="Sequences per step; 0 measures the machine and adapts.")
     ] = 0,
@@ -184,6 +187,7 @@ def join(
         threads=threads,
         max_rounds=rounds,
         device=device,
+        memory_bytes=int(memory * 2**30),
     )
     terminal.run_join(Home.at(home), network, options, as_json=events)
 

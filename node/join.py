@@ -20,7 +20,7 @@ from node.compute import ThreadCompute
 from node.events import EventLog
 from node.home import Home, keep_manifest, kept_manifest
 from node.peer import Peer, PeerOptions, Summary
-from node.training_state import model_config
+from node.role import MEMORY_MARGIN, memory_needed
 from protocol.blobs import BlobStore
 from protocol.directory import validate_entry
 from protocol.errors import LlmNodeError, TransportError, UserError
@@ -31,8 +31,6 @@ from protocol.publication import SignedManifest, fetch_manifest
 from protocol.transport import Transport
 
 __all__ = ["JoinOptions", "join"]
-
-MEMORY_MARGIN = 1.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +81,7 @@ async def join(
             folder = _remember_run(home, signed, options.peers)
             events.write_to(folder / "events.jsonl")
             events.emit("listening", addresses=await transport.addresses())  # others can join through any peer
-            check_memory(signed)
+            check_memory(signed, limit_bytes=peer_options.memory_bytes)
             check_device(peer_options.device)
             compute = ThreadCompute()
             try:
@@ -159,19 +157,19 @@ def _read_list(path: Path) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
-def check_memory(signed: SignedManifest) -> None:
+def check_memory(signed: SignedManifest, *, limit_bytes: int = 0) -> None:
     """Refuse a model that does not fit, before anything is downloaded.
+
+    Args:
+        limit_bytes: that training may take; 0 for what is free.
 
     Raises:
         UserError: training would need more memory than this machine has free.
     """
-    inner = signed.manifest.inner
-    needed = model_config(signed.manifest).memory_bytes(
-        num_sequences=inner.min_sequences,
-        sequence_tokens=inner.sequence_tokens,
-        optimizer_state_bytes=2.03 if inner.optimizer == "adamw8bit" else 8.0,
-    )
-    free = psutil.virtual_memory().available
+    if signed.manifest.pipeline.stages > 1:
+        return  # a peer chooses among the stages that fit, see node/role.py
+    needed = memory_needed(signed.manifest, None)
+    free = min(psutil.virtual_memory().available, limit_bytes or 1 << 62)
     if needed * MEMORY_MARGIN > free:
         raise UserError(
             f"training {signed.manifest.name} needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "

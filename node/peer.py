@@ -27,11 +27,9 @@ from node.compute import Compute
 from node.consolidation import Consolidated, Consolidator
 from node.dataset import BatchSource, open_source
 from node.events import EventLog
-from node.inner_steps import BatchSteps, InnerSteps
-from node.pipeline.roles import StageView, choose_stage
-from node.pipeline.steps import PipelineSteps
 from node.pipeline.trainer import StageTrainer
 from node.progress import Progress
+from node.role import Role
 from node.rounds import RoundLoop, RoundSettings
 from node.service import Service
 from node.snapshots import SnapshotKeeper
@@ -64,6 +62,7 @@ class PeerOptions:
         threads: torch's threads; 0 takes one or all, whichever is faster.
         max_rounds: leave after so many rounds; 0 stays as long as the run lasts.
         device: torch device.
+        memory_bytes: training may take so much memory; 0 for what is free.
         age_s: how long the command has been running already; counts towards the time to the first step.
     """
 
@@ -74,6 +73,7 @@ class PeerOptions:
     threads: int = 0
     max_rounds: int = 0
     device: str = "cpu"
+    memory_bytes: int = 0
     age_s: float = 0.0
 
 
@@ -142,9 +142,9 @@ class Peer:
         self._fetcher: StateFetcher | None = None
         self._stopped = False
         self._most = 0
-        self._folder = folder
-        self._checkpoints = self._open_checkpoints()
-        self._view = StageView(self.service.directory, None)
+        self._role = Role(
+            self.manifest, peer=identity.peer_id, service=self.service, progress=self.progress, folder=folder
+        )
         self._keeper: SnapshotKeeper | None = None
 
     def stop(self) -> None:
@@ -167,7 +167,7 @@ class Peer:
         async with self.service.running():
             source, heldout, _ = await self._open_data()
             await self._take_role()
-            trainer = await self._compute.run(self._new_trainer, heldout)
+            trainer = await self._compute.run(self._role.trainer, heldout, device=self._options.device)
             self.trainer = trainer
             async with asyncio.TaskGroup() as tasks:
                 measured = tasks.create_task(self._measure(trainer))
@@ -220,58 +220,14 @@ class Peer:
                 await self.service.beat()
 
     async def _take_role(self) -> None:
-        """Whole replica or a stage, which the swarm lacks most; or the stage that is in our own checkpoint."""
-        num_stages = self.manifest.pipeline.stages
-        if num_stages == 1:
-            return
+        free_bytes = psutil.virtual_memory().available
+        limit_bytes = self._options.memory_bytes or free_bytes
+        await self._role.take(memory_bytes=min(free_bytes, limit_bytes))
+        self._checkpoints = Checkpoints(self._role.checkpoints, compute=self._compute, events=self._events)
+        if self._role.stage is not None:
+            self._events.emit("stage", stage=self._role.stage, stages=self.manifest.pipeline.stages)
 
-        async def announce(stage: int) -> None:
-            self.progress.stage = stage
-            await self.service.beat()
-
-        kept = self._kept_stage()
-        if kept is not None:
-            await announce(kept)
-        else:
-            directory, peer = self.service.directory, self._identity.peer_id
-            await choose_stage(directory, num_stages=num_stages, peer=peer, announce=announce)
-        self._view = StageView(self.service.directory, self.progress.stage)
-        self._checkpoints = self._open_checkpoints()
-        self._events.emit("stage", stage=self.progress.stage, stages=num_stages)
-
-    def _kept_stage(self) -> int | None:
-        """The stage of the newest checkpoint in this folder."""
-        folders = [] if self._folder is None else (self._folder / "checkpoints").glob("stage-*")
-        newest = max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
-        return None if newest is None else int(newest.name.removeprefix("stage-"))
-
-    def _open_checkpoints(self) -> Checkpoints:
-        folder = None if self._folder is None else self._folder / "checkpoints"
-        if folder is not None and self.progress.stage is not None:
-            folder /= f"stage-{self.progress.stage}"
-        return Checkpoints(folder, compute=self._compute, events=self._events)
-
-    def _new_trainer(self, heldout: Tokens) -> Trainer | StageTrainer:
-        if self.progress.stage is None:
-            return Trainer(self.manifest, heldout=heldout, device=self._options.device)
-        return StageTrainer(self.manifest, stage=self.progress.stage, device=self._options.device)
-
-    def _steps_of(self, trainer: Trainer | StageTrainer) -> InnerSteps:
-        if isinstance(trainer, Trainer):
-            return BatchSteps(trainer, self._compute, self.progress)
-        steps = PipelineSteps(
-            trainer,
-            transport=self._transport,
-            compute=self._compute,
-            directory=self.service.directory,
-            progress=self.progress,
-            events=self._events,
-        )
-        self.service.on_heartbeat(steps.after_heartbeat)
-        steps.enter()
-        return steps
-
-    async def _measure(self, trainer: Trainer | StageTrainer) -> int:
+    async def _measure(self, trainer: TrainingState) -> int:
         if self._options.threads:
             await self._compute.run(torch.set_num_threads, self._options.threads)
         if isinstance(trainer, StageTrainer):
@@ -279,6 +235,7 @@ class Peer:
             return self.manifest.pipeline.microbatch_sequences
         if self._options.sequences:
             return self._options.sequences
+        assert isinstance(trainer, Trainer)
         threads = self._options.threads or await self._compute.run(choose_threads, trainer)
         self._most = most_sequences(self.manifest, free_bytes=psutil.virtual_memory().available)
         sequences = await self._compute.run(choose_sequences, trainer, most=self._most)
@@ -292,7 +249,7 @@ class Peer:
             compute=self._compute,
             store=self._store,
             transport=self._transport,
-            directory=self._view,
+            directory=self._role.view,
             events=self._events,
         )
         self._keeper = SnapshotKeeper(
@@ -317,13 +274,11 @@ class Peer:
 
     # ---- training
 
-    async def _train(
-        self, trainer: Trainer | StageTrainer, source: BatchSource, sequences: int, cursor: int | None
-    ) -> None:
+    async def _train(self, trainer: TrainingState, source: BatchSource, sequences: int, cursor: int | None) -> None:
         averager, group = averagers_of(trainer, transport=self._transport, identity=self._identity)
         settings = RoundSettings(
             sequences=sequences,
-            adapt=not self._options.sequences and self.progress.stage is None,
+            adapt=not self._options.sequences and self._role.stage is None,
             most=self._most,
             max_rounds=self._options.max_rounds,
         )
@@ -331,12 +286,12 @@ class Peer:
             self._loop = loop = RoundLoop(
                 self.manifest,
                 trainer=trainer,
-                steps=self._steps_of(trainer),
+                steps=self._role.steps(trainer, compute=self._compute, events=self._events),
                 compute=self._compute,
                 source=source,
                 averager=averager,
                 group=group,
-                directory=self._view,
+                directory=self._role.view,
                 progress=self.progress,
                 events=self._events,
                 settings=settings,
@@ -380,7 +335,7 @@ class Peer:
             compute=self._compute,
             transport=self._transport,
             identity=self._identity,
-            directory=self._view,
+            directory=self._role.view,
             progress=self.progress,
             events=self._events,
             announce=self.service.beat,
@@ -390,7 +345,7 @@ class Peer:
         self._consolidating = asyncio.ensure_future(consolidator.run())
         try:
             self._consolidated = await self._consolidating
-            if self.progress.stage is not None:
+            if self._role.stage is not None:
                 self._handing_over = asyncio.ensure_future(self._hand_over())
                 await self._handing_over
         except asyncio.CancelledError:
@@ -400,7 +355,7 @@ class Peer:
     async def _hand_over(self) -> None:
         """Publish the stage's final state, and stay until others have had the time to fetch it: nobody else holds it."""
         assert self._keeper is not None
-        self._events.emit("handing_over", stage=self.progress.stage, seconds=HANDOVER_S)
+        self._events.emit("handing_over", stage=self._role.stage, seconds=HANDOVER_S)
         await self._keeper.publish_in_turn(self.manifest.sync.total_rounds, self._other_trainers())
         await self.service.beat()
         await asyncio.sleep(HANDOVER_S)
@@ -410,7 +365,7 @@ class Peer:
         await self._keeper.keep_copies(self._other_trainers())
 
     def _other_trainers(self) -> dict[PeerId, PeerRecord]:
-        records = self._view.peers
+        records = self._role.view.peers
         return {p: r for p, r in records.items() if r.role == "trainer" and r.state == "training"}
 
     async def _save(self, *, final: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from protocol.directory import Directory, SwarmView
 from protocol.ids import PeerId
@@ -24,41 +24,41 @@ LOOK_AGAIN_S = 1.5
 
 
 async def choose_stage(
-    directory: Directory, *, num_stages: int, peer: PeerId, announce: Callable[[int], Awaitable[None]]
+    directory: Directory, *, stages: Sequence[int], peer: PeerId, announce: Callable[[int], Awaitable[None]]
 ) -> int:
     """Take a stage.
 
     Args:
         directory: of all peers.
-        num_stages: of the run.
+        stages: to choose from.
         peer: ourselves.
         announce: publishes our record with this stage in it, and looks at the directory.
     """
     await directory.refresh()
-    stage = lacking_stage(directory.peers, num_stages=num_stages, peer=peer)
+    stage = lacking_stage(directory.peers, stages=stages, peer=peer)
     await announce(stage)
     calm = 0
     for _ in range(MAX_LOOKS):
         await asyncio.sleep(LOOK_AGAIN_S)
         await directory.refresh()
         calm += 1
-        if should_think_again(directory.peers, stage=stage, num_stages=num_stages, peer=peer):
-            stage, calm = lacking_stage(directory.peers, num_stages=num_stages, peer=peer), 0
+        if should_think_again(directory.peers, stage=stage, stages=stages, peer=peer):
+            stage, calm = lacking_stage(directory.peers, stages=stages, peer=peer), 0
             await announce(stage)
         if calm == CALM_LOOKS:
             break
     return stage
 
 
-def lacking_stage(records: Mapping[PeerId, PeerRecord], *, num_stages: int, peer: PeerId) -> int:
+def lacking_stage(records: Mapping[PeerId, PeerRecord], *, stages: Sequence[int], peer: PeerId) -> int:
     """The stage with the least speed, all holders together; ties by a lot of one's own.
 
     Args:
         records: of the other peers, those joining included.
-        num_stages: of the run.
+        stages: to choose from.
         peer: ourselves.
     """
-    speeds = dict.fromkeys(range(num_stages), 0.0)
+    speeds = dict.fromkeys(stages, 0.0)
     known = [record.forward_s for record in records.values() if record.forward_s > 0.0]
     usual = sum(known) / len(known) if known else 1.0
     for record in records.values():
@@ -67,10 +67,12 @@ def lacking_stage(records: Mapping[PeerId, PeerRecord], *, num_stages: int, peer
     return min(speeds, key=lambda stage: (speeds[stage], _lot(f"{peer}/{stage}")))
 
 
-def should_think_again(records: Mapping[PeerId, PeerRecord], *, stage: int, num_stages: int, peer: PeerId) -> bool:
+def should_think_again(
+    records: Mapping[PeerId, PeerRecord], *, stage: int, stages: Sequence[int], peer: PeerId
+) -> bool:
     """Whether this peer, which is about to take `stage`, leaves it to others: another stage has at least two fewer holders, and of
     those who are joining this one it has drawn the highest lot."""
-    held = dict.fromkeys(range(num_stages), 0)
+    held = dict.fromkeys(stages, 0)
     for record in records.values():
         if record.stage in held and record.state in ("joining", "training"):
             held[record.stage] += 1

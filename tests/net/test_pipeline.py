@@ -11,6 +11,7 @@ import pytest
 
 from model.transformer import Transformer
 from model.weights import decode_weights
+from node.role import MEMORY_MARGIN, memory_needed
 from node.training_state import model_config
 from protocol.identity import Identity
 from protocol.libp2p import Libp2pTransport
@@ -19,6 +20,8 @@ from tests.net.swarm import RUN_SETTINGS, Swarm
 from tests.node.pipeline.stages import Pipeline, gradients, train_all, whole_gradients
 
 pytestmark = pytest.mark.net
+MEMORY_GIB = 0.03
+"""What each peer may take: room for one stage, not for the whole model, which `join` would refuse."""
 LOCALHOST = ["/ip4/127.0.0.1/tcp/0"]
 
 
@@ -49,13 +52,19 @@ async def test_over_libp2p_the_gradients_are_the_unsplit_models(tmp_path: Path) 
         assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-5
 
 
+@pytest.mark.timeout(180)
 def test_processes_train_a_model_that_none_of_them_holds(tmp_path: Path) -> None:
-    """init, bootstrap, four joins in two stages; the bootstrap node's home exports the whole."""
+    """init, bootstrap, three joins in two stages; the bootstrap node's home exports the whole."""
     settings = RUN_SETTINGS | {
-        "model.num_layers": 4,
+        "model.num_layers": 8,
+        "model.hidden_size": 96,
+        "model.num_heads": 4,
+        "model.intermediate_size": 256,
         "pipeline.stages": 2,
         "pipeline.skip_ratio": 0.0,
         "pipeline.microbatches": 3,
+        "pipeline.microbatch_sequences": 2,
+        "pipeline.slots": 3,
         "sync.inner_steps": 8,
         "sync.total_rounds": 3,
         "sync.round_target_s": 5.0,
@@ -63,16 +72,19 @@ def test_processes_train_a_model_that_none_of_them_holds(tmp_path: Path) -> None
     }
     with Swarm(tmp_path, settings) as swarm:
         bootstrap = swarm.bootstrap()
-        peers = [swarm.join(f"peer-{number}", f"--peer={bootstrap.address}") for number in range(4)]
+        peers = [
+            swarm.join(f"peer-{number}", f"--peer={bootstrap.address}", f"--memory={MEMORY_GIB}") for number in range(3)
+        ]
         stages = sorted(peer.wait_for("stage")["stage"] for peer in peers)
-        assert stages == [0, 0, 1, 1]
+        assert stages in ([0, 0, 1], [0, 1, 1])
         for stage in range(2):
             is_last = functools.partial(_is_archived, stage=stage, round=3)
             bootstrap.wait_for("stage_archived", is_last)
         summaries = [peer.wait_for("summary") for peer in peers]
         outcomes = [(e["round"], e["outcome"]) for peer in peers for e in peer.events if e["event"] == "exchange"]
         assert any(summary["exchanges_ok"] for summary in summaries), outcomes
-        assert all(peer.wait_for("consolidated")["agreed"] for peer in peers)
+        agreed = [e["agreed"] for peer in peers for e in peer.events if e["event"] == "consolidated"]
+        assert agreed == [True, True], "the stage with two replicas"
         losses = [e["loss"] for peer in peers for e in peer.events if e["event"] == "step" and e["loss"] is not None]
         assert losses[-1] < losses[0] - 0.3
         done = swarm.command("export", str(tmp_path / "exported"), f"--home={bootstrap.home}")
@@ -80,7 +92,9 @@ def test_processes_train_a_model_that_none_of_them_holds(tmp_path: Path) -> None
         refused = swarm.command("export", str(tmp_path / "nothing"), f"--home={peers[0].home}")
         assert refused.returncode != 0
         assert "export from the home of the bootstrap node" in refused.stderr
-    whole = Transformer(model_config(Manifest.from_toml((tmp_path / "run.toml").read_text())))
+    manifest = Manifest.from_toml((tmp_path / "run.toml").read_text())
+    assert memory_needed(manifest, None) * MEMORY_MARGIN > MEMORY_GIB * 2**30
+    whole = Transformer(model_config(manifest))
     expected = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     assert decode_weights((tmp_path / "exported" / "model.safetensors").read_bytes(), expected)
 

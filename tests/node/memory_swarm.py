@@ -36,7 +36,9 @@ class MemorySwarm:
         self.events: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         self.summaries: dict[str, Summary] = {}
 
-    async def live(self, name: str, *, rounds: int = 0, own_store: bool = False, step_s: float = 0.3) -> Summary:
+    async def live(
+        self, name: str, *, rounds: int = 0, own_store: bool = False, step_s: float = 0.3, **options: Any
+    ) -> Summary:
         """One peer's whole life."""
         identity = Identity.generate(name.encode().ljust(32, b"."))
         home = self.folder / name
@@ -53,7 +55,7 @@ class MemorySwarm:
                 compute=VirtualCompute(seconds_per_call=step_s),
                 events=events,
                 folder=home,
-                options=PeerOptions(name=name, sequences=4, max_rounds=rounds),
+                options=PeerOptions(name=name, sequences=4, max_rounds=rounds, **options),
             )
             self.summaries[name] = await peer.run()
             return self.summaries[name]

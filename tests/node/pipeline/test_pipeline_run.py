@@ -6,9 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from node.peer import Summary
+from node.role import memory_needed
 from protocol.virtual_time import run_virtual
 from tests.node.memory_swarm import MemorySwarm
 from tests.node.runs import tiny_run
@@ -55,3 +57,14 @@ def test_six_peers_train_three_stages(tmp_path: Path) -> None:
         thetas = [trainer.flat.theta for trainer in replicas if trainer is not None]
         assert float((thetas[0] - thetas[1]).norm() / thetas[0].norm()) < 1e-3, "consolidated"
         assert bool(torch.isfinite(thetas[0]).all())
+
+
+def test_memory_decides_what_a_peer_may_take(tmp_path: Path) -> None:
+    large = {"model__num_layers": 8, "model__hidden_size": 64, "model__intermediate_size": 128}
+    signed, store = tiny_run(tmp_path, **STAGED | large | {"pipeline__slots": 2})
+    stages = [memory_needed(signed.manifest, stage) for stage in range(3)]
+    assert max(stages) < 0.7 * memory_needed(signed.manifest, None)
+    swarm = MemorySwarm(signed, store, tmp_path)
+    with pytest.raises(ExceptionGroup) as caught:
+        run_virtual(swarm.live("small", memory_bytes=int(min(stages))))
+    assert "a stage of tiny needs about" in str(caught.value.exceptions[0])

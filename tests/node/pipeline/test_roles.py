@@ -22,9 +22,9 @@ def view(*records: PeerRecord) -> dict[PeerId, PeerRecord]:
 
 def test_the_slowest_stage_is_the_one_that_lacks_most() -> None:
     records = view(record(1, 0), record(2, 1), record(3, 2), record(4, 2))
-    assert lacking_stage(records, num_stages=4, peer=peer_id(9)) == 3
+    assert lacking_stage(records, stages=range(4), peer=peer_id(9)) == 3
     records |= view(record(5, 3))
-    assert lacking_stage(records, num_stages=4, peer=peer_id(9)) in (0, 1, 3)
+    assert lacking_stage(records, stages=range(4), peer=peer_id(9)) in (0, 1, 3)
     # Two slow ones are less than a fast one; who is leaving counts nothing.
     speeds = view(
         record(1, 0, forward_s=1.0),
@@ -32,7 +32,7 @@ def test_the_slowest_stage_is_the_one_that_lacks_most() -> None:
         record(3, 1, forward_s=4.0),
         record(4, 1, state="leaving"),
     )
-    assert lacking_stage(speeds, num_stages=2, peer=peer_id(9)) == 1
+    assert lacking_stage(speeds, stages=range(2), peer=peer_id(9)) == 1
 
 
 @pytest.mark.parametrize("num_peers", [1, 3, 6, 7, 12])
@@ -58,7 +58,7 @@ def test_peers_that_join_at_once_spread_evenly(num_peers: int) -> None:
 
         background: list[asyncio.Task[None]] = []
         directory: Any = Seen()
-        return await choose_stage(directory, num_stages=num_stages, peer=peer, announce=announce)
+        return await choose_stage(directory, stages=range(num_stages), peer=peer, announce=announce)
 
     async def story() -> list[int]:
         return await asyncio.gather(*(live(number) for number in range(1, num_peers + 1)))
@@ -71,7 +71,7 @@ def test_peers_that_join_at_once_spread_evenly(num_peers: int) -> None:
 def test_only_one_of_several_rivals_thinks_again() -> None:
     joining = [record(number, 1, state="joining") for number in (1, 2, 3)]
     wavering = [
-        should_think_again(view(*(r for r in joining if r is not own)), stage=1, num_stages=3, peer=PeerId(own.peer))
+        should_think_again(view(*(r for r in joining if r is not own)), stage=1, stages=range(3), peer=PeerId(own.peer))
         for own in joining
     ]
     assert wavering.count(True) == 1

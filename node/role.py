@@ -1,0 +1,141 @@
+"""What a peer takes on, a whole replica or a stage of it, and the parts of a peer that differ with that.
+
+The run decides which of the two: its manifest has one pipeline stage or several. Which stage is the peer's choice: the one in
+its own checkpoint, else the one that the swarm lacks most among those that fit into its memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.data import Tokens
+from model.stage import Stage
+from node.compute import Compute
+from node.events import EventLog
+from node.inner_steps import BatchSteps, InnerSteps
+from node.pipeline.roles import StageView, choose_stage
+from node.pipeline.steps import PipelineSteps
+from node.pipeline.trainer import StageTrainer
+from node.progress import Progress
+from node.service import Service
+from node.trainer import Trainer
+from node.training_state import TrainingState, model_config
+from protocol.errors import UserError
+from protocol.ids import PeerId
+from protocol.manifest import Manifest
+
+__all__ = ["MEMORY_MARGIN", "Role", "memory_needed"]
+
+MEMORY_MARGIN = 1.2
+_REPLICA_VECTORS_BYTES = 24.0  # θ, its gradient, φ, δ, the anchor and the residual, in fp32
+_TRANSIENT_BYTES = 4.0  # gradients of one microbatch until they count
+
+
+def memory_needed(manifest: Manifest, stage: int | None) -> float:
+    """Estimated bytes that training takes: of a whole replica, or of one stage."""
+    config, inner, spec = model_config(manifest), manifest.inner, manifest.pipeline
+    optimizer_bytes = 2.03 if inner.optimizer == "adamw8bit" else 8.0
+    if stage is None:
+        return config.memory_bytes(
+            num_sequences=inner.min_sequences,
+            sequence_tokens=inner.sequence_tokens,
+            optimizer_state_bytes=optimizer_bytes,
+        )
+    with torch.device("meta"):
+        part = Stage(config, stage, spec.stages)
+    parameters = sum(parameter.numel() for parameter in part.parameters())
+    tokens = spec.microbatch_sequences * inner.sequence_tokens
+    held = 2 * 4 * tokens * config.hidden_size * spec.slots  # what came in, and what was sent on
+    layers = len(part.model.layers)
+    computing = config.activation_bytes(tokens) * layers / config.num_layers
+    return parameters * (_REPLICA_VECTORS_BYTES + optimizer_bytes + _TRANSIENT_BYTES) + held + computing
+
+
+class Role:
+    """One peer's part in its run.
+
+    Args:
+        peer: ourselves.
+        folder: of the run in this home, or None.
+    """
+
+    def __init__(
+        self, manifest: Manifest, *, peer: PeerId, service: Service, progress: Progress, folder: Path | None
+    ) -> None:
+        self._manifest, self._peer, self._service, self._progress = manifest, peer, service, progress
+        self._checkpoints = None if folder is None else folder / "checkpoints"
+        self.stage: int | None = None
+
+    async def take(self, *, memory_bytes: float) -> None:
+        """Choose, and tell the swarm.
+
+        Args:
+            memory_bytes: that training may take.
+
+        Raises:
+            UserError: no stage fits.
+        """
+        num_stages = self._manifest.pipeline.stages
+        if num_stages == 1:
+            return
+        needed = [memory_needed(self._manifest, stage) for stage in range(num_stages)]
+        fitting = [stage for stage, each in enumerate(needed) if each * MEMORY_MARGIN <= memory_bytes]
+        if not fitting:
+            raise UserError(
+                f"a stage of {self._manifest.name} needs about {min(needed) / 2**30:.1f} GiB of memory and "
+                f"{memory_bytes / 2**30:.1f} GiB are free; close other programs or join from a larger machine"
+            )
+
+        async def announce(stage: int) -> None:
+            self._progress.stage = stage
+            await self._service.beat()
+
+        kept = self._kept()
+        if kept in fitting:
+            self.stage = kept
+            await announce(kept)
+        else:
+            self.stage = await choose_stage(self._service.directory, stages=fitting, peer=self._peer, announce=announce)
+
+    @property
+    def view(self) -> StageView:
+        """The peers that do the same as we do."""
+        return StageView(self._service.directory, self.stage)
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """Where this role's checkpoints are."""
+        if self._checkpoints is None or self.stage is None:
+            return self._checkpoints
+        return self._checkpoints / f"stage-{self.stage}"
+
+    def trainer(self, heldout: Tokens, *, device: str) -> TrainingState:
+        """A new one, with the initial weights."""
+        if self.stage is None:
+            return Trainer(self._manifest, heldout=heldout, device=device)
+        return StageTrainer(self._manifest, stage=self.stage, device=device)
+
+    def steps(self, trainer: TrainingState, *, compute: Compute, events: EventLog) -> InnerSteps:
+        """How that trainer steps; a stage serves others from now on."""
+        if isinstance(trainer, StageTrainer):
+            steps = PipelineSteps(
+                trainer,
+                transport=self._service.transport,
+                compute=compute,
+                directory=self._service.directory,
+                progress=self._progress,
+                events=events,
+            )
+            self._service.on_heartbeat(steps.after_heartbeat)
+            steps.enter()
+            return steps
+        assert isinstance(trainer, Trainer)
+        return BatchSteps(trainer, compute, self._progress)
+
+    def _kept(self) -> int | None:
+        """The stage of the newest checkpoint here."""
+        folders = [] if self._checkpoints is None else list(self._checkpoints.glob("stage-*"))
+        newest = max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
+        return None if newest is None else int(newest.name.removeprefix("stage-"))
