@@ -79,6 +79,9 @@ class Decoder(nn.Module):
         tables = rotary_tables(config)
         self.register_buffer("cos", tables.cos, persistent=False)
         self.register_buffer("sin", tables.sin, persistent=False)
+        self.omitted: frozenset[int] = frozenset()
+        """Layers that are left out. A layer adds to the residual stream, so without it the model is a worse one, not a broken
+        one."""
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states [B, T, width] of int64 `tokens` [B, T]; positions go on where the cache ends."""
@@ -87,8 +90,9 @@ class Decoder(nn.Module):
         assert end <= self.cos.shape[0], "more tokens than max_sequence_tokens"
         tables = RotaryTables(self.cos[start:end], self.sin[start:end])
         hidden = self.embed_tokens(tokens)
-        for layer in self.layers:
-            hidden = layer(hidden, tables, cache)
+        for number, layer in enumerate(self.layers):
+            if number not in self.omitted:
+                hidden = layer(hidden, tables, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
         out: Tensor = self.norm(hidden)

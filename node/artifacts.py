@@ -5,7 +5,7 @@ Both start from the newest checkpoint of a run in this home. The slow weights ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from model.checkpoint import load_newest
 from model.errors import CheckpointError, DataError
 from model.export import export_huggingface
 from model.generate import generate
+from model.stage import stage_layers
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from node.home import Home, kept_manifest
@@ -26,7 +27,7 @@ from protocol.blobs import BlobStore
 from protocol.errors import UserError
 from protocol.manifest import Manifest
 
-__all__ = ["TrainedModel", "load_run", "load_trained"]
+__all__ = ["TrainedModel", "load_run", "load_stages", "load_trained"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,20 @@ class TrainedModel:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(shown) :]
                 shown = text
+
+    def omit_stages(self, stages: Iterable[int]) -> None:
+        """Compute without some stages from now on, as a pipeline does whose peers are gone.
+
+        Raises:
+            UserError: the run has no such stage, or it is stage 0, which holds embedding and head.
+        """
+        num_stages = self.manifest.pipeline.stages
+        wrong = [stage for stage in stages if not 0 < stage < num_stages]
+        if wrong:
+            possible = f"choose from 1 to {num_stages - 1}" if num_stages > 1 else "the run has only one"
+            raise UserError(f"cannot skip stage {wrong[0]} of {self.manifest.name}; {possible}")
+        parts = stage_layers(self.model.config.num_layers, num_stages)
+        self.model.model.omitted = frozenset(layer for stage in stages for layer in parts[stage])
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder.
@@ -107,7 +122,7 @@ def load_trained(home: Home, run: str | None) -> TrainedModel:
     """
     manifest, folder = load_run(home, run)
     if manifest.pipeline.stages > 1:
-        return _load_stages(manifest, folder, BlobStore(home.blobs))
+        return load_stages(manifest, folder, BlobStore(home.blobs))
     try:
         loaded = load_newest(folder / "checkpoints")
         if loaded is None:
@@ -133,7 +148,7 @@ def load_trained(home: Home, run: str | None) -> TrainedModel:
     )
 
 
-def _load_stages(manifest: Manifest, folder: Path, store: BlobStore) -> TrainedModel:
+def load_stages(manifest: Manifest, folder: Path, store: BlobStore) -> TrainedModel:
     """The model of a pipelined run, from an archive of its stages."""
     weights, round = assemble(manifest, folder, store)
     try:

@@ -219,13 +219,18 @@ def generate(
         float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from this share of probability.")
     ] = 0.95,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sample.")] = 0,
+    skip_stages: Annotated[
+        str, typer.Option("--skip-stages", metavar="2,3", help="Leave out these stages of a pipelined run.")
+    ] = "",
     home: HomeOption = None,
 ) -> None:
     """Continue a text with the model trained so far."""
     from node.artifacts import load_trained
     from node.home import Home
 
+    skipped = _numbers(skip_stages, "--skip-stages")
     trained = load_trained(Home.at(home), run)
+    trained.omit_stages(skipped)
     sys.stdout.write(prompt)
     for piece in trained.sample(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed):
         sys.stdout.write(piece)
@@ -347,6 +352,14 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """`2,3` → [2, 3]."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not a list of numbers, such as 2,3") from None
 
 
 def _host_port(text: str | None) -> tuple[str, int] | None:

@@ -12,6 +12,7 @@ import torch
 from model.initial import initialise
 from model.transformer import Transformer
 from model.weights import encode_weights
+from node.artifacts import load_stages
 from node.events import EventLog
 from node.pipeline.archive import StageArchive, assemble
 from node.pipeline.trainer import StageTrainer
@@ -95,3 +96,22 @@ def test_missing_stages_are_named(run: tuple[Manifest, BlobStore], tmp_path: Pat
     archive(manifest, store, tmp_path, publish(manifest, store, 1, round=3))
     with pytest.raises(UserError, match="stage 0, 2 of tiny is not in this home"):
         assemble(manifest, tmp_path, store)
+
+
+def test_stages_may_be_left_out_when_sampling(run: tuple[Manifest, BlobStore], tmp_path: Path) -> None:
+    manifest, store = run
+    archive(manifest, store, tmp_path, *(publish(manifest, store, stage, round=1) for stage in range(3)))
+    trained = load_stages(manifest, tmp_path, store)
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
+    whole = trained.model(tokens)
+    trained.omit_stages([2])
+    skipped = trained.model(tokens)
+    parts = [StageTrainer(manifest, stage=stage).worker.stage for stage in range(2)]
+    hidden = parts[1](parts[0](parts[0].embed(tokens)))
+    expected = trained.model.model.norm(hidden) @ trained.model.head_weight.t()
+    torch.testing.assert_close(skipped, expected)
+    assert not torch.allclose(whole, skipped, atol=1e-4)
+    assert list(trained.sample("def", max_tokens=8, temperature=0.0, top_p=1.0, seed=0))
+    for wrong in (0, 3, -1):
+        with pytest.raises(UserError, match=f"cannot skip stage {wrong} of tiny; choose from 1 to 2"):
+            trained.omit_stages([wrong])
