@@ -121,7 +121,8 @@ class Consolidator:
         alone = self._progress.exchanges_ok == 0
         done = Consolidated(meetings=0, distance=None, agreed=alone)
         if not alone:
-            loss = round(self._progress.val_loss or math.nan, 4)
+            own = self._progress.val_loss
+            loss = None if own is None else round(own, 4)
             self._events.emit("consolidated", loss=loss, meetings=0, distance=None, agreed=False)
         return done
 

@@ -71,7 +71,7 @@ class PeerRecord(_Strict):
 
     stage: Annotated[int, Field(ge=0, lt=64)] | None = None
     """The pipeline stage that this peer holds; None for a whole replica."""
-    iteration: Count = 0
+    iteration: Round = 0
     """The pipeline's iteration that it is in."""
     forward_s: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
     """Its stage's forward pass of one microbatch; 0 if not measured yet."""

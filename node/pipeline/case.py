@@ -87,6 +87,8 @@ class Case(BaseModel):
         if not self.max_visits:
             visits = tuple(slots * self.rounds for slots in self.slots_per_node)
             object.__setattr__(self, "max_visits", visits)
+        if min(self.max_visits) < 1:
+            raise ValueError("max_visits must be at least 1 for every node")
         if len(self.uplink_s) != len(self.downlink_s):
             raise ValueError("uplink_s and downlink_s come together")
         if len(self.forward_s) != nodes or min(self.forward_s) <= 0.0:

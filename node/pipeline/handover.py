@@ -26,6 +26,8 @@ from protocol.wire import read_bulk, read_message, write_bulk, write_message
 
 __all__ = ["Handover", "Router", "StageTerms"]
 
+NOTICE_TIMEOUT_S = 3.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTerms:
@@ -37,6 +39,7 @@ class StageTerms:
         payload_bytes: of activations, and of their gradients.
         slots: microbatches between forward and backward pass.
         waiting: microbatches taken in beyond that.
+        per_origin: microbatches of one origin that are taken in at once.
         hop_timeout_s: how long the holder waits for one peer to take over, its queue and its work included.
         may_skip: whether a stage without a live replica may be left out.
     """
@@ -46,6 +49,7 @@ class StageTerms:
     payload_bytes: int
     slots: int
     waiting: int = 4
+    per_origin: int = 64
     hop_timeout_s: float = 30.0
     may_skip: bool = True
 
@@ -103,8 +107,10 @@ class Handover:
                 ways.append(task.model_copy(update={"kind": "again", "path": path}))
         for way in ways:
             decided = await self._give_back(way, payload)
+            if decided:
+                return True
             if decided is not None:
-                return decided
+                break
         await self.lose(task)
         return False
 
@@ -134,7 +140,7 @@ class Handover:
     async def notify(self, peer: PeerId, notice: Notice) -> None:
         """Send a notice; one that does not arrive costs the receiver its deadline, and nothing else."""
         with contextlib.suppress(LlmNodeError, TimeoutError):
-            async with asyncio.timeout(self._terms.hop_timeout_s):
+            async with asyncio.timeout(NOTICE_TIMEOUT_S):
                 async with await self._transport.open(peer, NOTICE_PROTOCOL) as stream:
                     await write_message(stream, notice)
 

@@ -93,6 +93,7 @@ class Iterations:
                     await self._send(number, batches, losses)
                 is_complete = await self._server.wait_for_end(self.awaited())
         self._listen()
+        self._server.close_iteration()
         tokens = await self._compute.run(self._trainer.step, least_tokens=self._least_tokens)
         self._server.next_iteration()
         return IterationStats(
@@ -110,7 +111,7 @@ class Iterations:
         async def send(microbatch: int, tokens: Tensor) -> None:
             path = self._stages.path(self._peer, lot=f"{self._peer}/{number}/{microbatch}")
             with contextlib.suppress(MicrobatchLostError):
-                losses.append(await self._server.train(microbatch, tokens, path=path, priority=microbatch))
+                losses.append(await self._server.train(tokens, path=path, priority=microbatch))
 
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -24,6 +24,9 @@ from protocol.ids import PeerId
 
 __all__ = ["Held", "Ledger", "MicrobatchLostError", "key_of"]
 
+MAX_LEAD = 1024
+"""Iterations by which others may be ahead; who is further behind has to join anew."""
+
 
 class MicrobatchLostError(LlmNodeError):
     """A microbatch did not come back to its origin."""
@@ -75,6 +78,7 @@ class Ledger:
         self._held: dict[MicrobatchKey, Held] = {}
         self._ended: dict[PeerId, int] = {}
         self._changed = asyncio.Event()
+        self._is_open = True
 
     # ---- microbatches
 
@@ -85,7 +89,7 @@ class Ledger:
 
     def get(self, task: Task) -> Held | None:
         """The microbatch of a task, if it is here and of the present iteration."""
-        return self._held.get(key_of(task)) if task.iteration == self.iteration else None
+        return self._held.get(key_of(task)) if self._is_open and task.iteration == self.iteration else None
 
     def find(self, key: MicrobatchKey) -> Held | None:
         """A microbatch of the present iteration."""
@@ -112,9 +116,10 @@ class Ledger:
     # ---- iterations
 
     def note_end(self, peer: PeerId, iteration: int) -> None:
-        """A peer of stage 0 has no microbatch of that iteration under way any more."""
-        self._ended[peer] = max(iteration, self._ended.get(peer, -1))
-        self._change()
+        """A peer of stage 0 has no microbatch of that iteration under way any more. What lies absurdly far ahead is a lie."""
+        if iteration <= self.iteration + MAX_LEAD:
+            self._ended[peer] = max(iteration, self._ended.get(peer, -1))
+            self._change()
 
     def has_ended(self, peer: PeerId) -> bool:
         """Whether it has said so of the present iteration, or of a later one."""
@@ -129,12 +134,18 @@ class Ledger:
             await self._changed.wait()
         return True
 
-    def next_iteration(self) -> None:
-        """Forget everything, and begin the next iteration, or the one that the swarm is in if that is further on."""
+    def close(self) -> None:
+        """The iteration is over: forget everything, and take nothing more for it while the inner step is taken."""
+        self._is_open = False
         for key, held in list(self._held.items()):
             held.lose("the iteration is over")
             self.forget(key)
+
+    def next_iteration(self) -> None:
+        """Begin the next iteration, or the one that the swarm is in if that is further on."""
+        self.close()
         self.iteration = max(self.iteration + 1, self._swarm_iteration())
+        self._is_open = True
         self._change()
 
     def begin_at(self, iteration: int) -> None:
@@ -144,8 +155,9 @@ class Ledger:
         self._change()
 
     def _swarm_iteration(self) -> int:
-        """The one that most origins have reached: the median, since a single one can say anything."""
-        return median_low([iteration + 1 for iteration in self._ended.values()]) if self._ended else 0
+        """The one that most origins have reached, as the median with ourselves: a single one can say anything."""
+        origins = [ended + 1 for peer, ended in self._ended.items() if self._router.stage_of(peer) == 0]
+        return median_low([self.iteration, *origins]) if len(origins) > 1 else max([self.iteration, *origins])
 
     def _change(self) -> None:
         self._changed.set()
@@ -163,16 +175,24 @@ class Ledger:
             async with asyncio.timeout(self._terms.hop_timeout_s):
                 while task.iteration == self.iteration + 1:
                     await self._changed.wait()
-        if task.iteration != self.iteration:
-            return "stale" if task.iteration < self.iteration else "early"
+        if task.iteration > self.iteration:
+            return "early"
+        if task.iteration < self.iteration or not self._is_open:
+            return "stale"
         if not self._leads_here(task, sender):
             return "not-for-me"
         held = self._held.get(key_of(task))
         if task.kind in ("forward", "again"):
-            is_full = task.kind == "forward" and len(self._held) >= self._terms.slots + self._terms.waiting
+            num_of_origin = sum(origin == task.path[0] for origin, _ in self._held)
+            is_full = (
+                len(self._held) >= self._terms.slots + self._terms.waiting or num_of_origin >= self._terms.per_origin
+            )
             return "full" if held is not None or is_full else None
         due = "turned" if task.kind == "backward" and task.position == 0 else "out"
-        return "unknown" if held is None or held.phase != due else None
+        if held is None or held.phase != due or held.sent is None:
+            return "unknown"
+        is_ours = task.kind == "loss" or task.path[: task.position + 1] == held.path[: task.position + 1]
+        return None if is_ours else "not-for-me"
 
     def _leads_here(self, task: Task, sender: PeerId) -> bool:
         """Whether the path keeps the rules, passes through us at this position, and comes from the sender."""

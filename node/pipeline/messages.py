@@ -56,8 +56,8 @@ class Task(Message):
 
     run: Hash
     iteration: Count
-    microbatch: Annotated[int, Field(ge=0, lt=1 << 20)]
-    """Its number at the peer where it started, path[0]."""
+    microbatch: Count
+    """A number that the origin, path[0], has drawn at random: only those on the path know it, so nobody else can name it."""
     kind: Literal["forward", "loss", "backward", "again"]
     """again: a backward pass for a microbatch whose forward pass was run by another replica, which is gone."""
     path: Annotated[list[PeerIdText], Field(min_length=1, max_length=MAX_PATH)]
@@ -81,7 +81,7 @@ class InputRequest(Message):
     run: Hash
     iteration: Count
     origin: PeerIdText
-    microbatch: Annotated[int, Field(ge=0, lt=1 << 20)]
+    microbatch: Count
 
 
 class Notice(Message):
@@ -92,5 +92,5 @@ class Notice(Message):
     kind: Literal["lost", "lost-gradient", "end"]
     """lost: one of the receiver's microbatches goes no further, lost-gradient: on its way back. end: none of the sender's is under
     way any more."""
-    microbatch: Annotated[int, Field(ge=0, lt=1 << 20)] = 0
+    microbatch: Count = 0
     """Which one, where it is lost."""

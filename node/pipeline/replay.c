@@ -146,7 +146,8 @@ double llm_node_replay(const Case *c, int32_t num_microbatches, const int32_t *p
     for (i = 0; i < m; i++) {
         double left = 0.0;
         for (t = tasks - 1; t >= 0; t--) {
-            left += travel_of(c, paths + (size_t)i * k, t) + duration_of(c, paths + (size_t)i * k, t);
+            left += travel_of(c, paths + (size_t)i * k, t);
+            left += duration_of(c, paths + (size_t)i * k, t);
             s.left[(size_t)i * tasks + t] = left;
         }
         push(&s.heap, 0.0, i, 0);

@@ -11,12 +11,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from node.pipeline.rules import orders
+from node.pipeline.rules import is_order
 from protocol.ids import PeerId
 
 __all__ = ["Replica", "StageMap"]
+
+MAX_SPEEDUP = 16.0
+"""A peer counts as at most so many times as fast as the median."""
+_TRIES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +51,14 @@ class StageMap:
 
     def update(self, peers: Mapping[PeerId, Replica]) -> None:
         """Take over what the directory shows now, ourselves included."""
-        self._peers = dict(peers)
+        known = sorted(each.forward_s for each in peers.values() if each.forward_s > 0.0)
+        usual = known[len(known) // 2] if known else 0.0
+        # Nobody is believed to be absurdly fast, or everything would go there.
+        self._peers = {
+            peer: replace(each, forward_s=max(each.forward_s, usual / MAX_SPEEDUP) if each.forward_s else 0.0)
+            for peer, each in peers.items()
+            if 0 <= each.stage < self.num_stages
+        }
 
     @property
     def has_paths(self) -> bool:
@@ -90,11 +101,8 @@ class StageMap:
         rng = random.Random(lot)
         held = [stage for stage in range(self.num_stages) if stage == 0 or self.holders(stage)]
         length = min(self.path_length, len(held))
-        possible = [order for order in orders(self.num_stages, length) if all(stage in held for stage in order)]
-        ascending = (0, *sorted(rng.sample(held[1:], length - 1)))
-        order = rng.choice(possible) if possible else ascending
         path = [origin]
-        for stage in order[1:]:
+        for stage in _draw_order(rng, held[1:], length - 1):
             best = min(self.holders(stage), key=lambda peer: (self._expected_s(peer), rng.random()))
             path.append(best)
             self._given[best] += 1
@@ -105,3 +113,18 @@ class StageMap:
         known = [each.forward_s for each in self._peers.values() if each.forward_s > 0.0]
         usual = sum(known) / len(known) if known else 1.0
         return (self._given[peer] + 1) * (self._peers[peer].forward_s or usual)
+
+
+def _draw_order(rng: random.Random, held: list[int], length: int) -> list[int]:
+    """Some stages that are held, in an order that the rules allow, neighbours exchanged now and then.
+
+    Drawn, and not chosen from all orders: a pipeline of two dozen stages has millions.
+    """
+    for _ in range(_TRIES):
+        order = sorted(rng.sample(held, length))
+        place = rng.randrange(2 * length) if length > 1 else 0
+        if 0 < place < length:
+            order[place - 1], order[place] = order[place], order[place - 1]
+        if is_order((0, *order)):
+            return order
+    return held[:length]  # the first ones: a gap that is too wide for the rules comes as late as can be

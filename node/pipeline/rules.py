@@ -10,14 +10,17 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from node.pipeline.case import Case
 from node.pipeline.plan import Plan
+from protocol.errors import UserError
 
 __all__ = ["MAX_STEP", "MAX_SWAPS", "is_order", "orders", "violations"]
 
 MAX_SWAPS = 2
 MAX_STEP = 4
+MAX_ORDERS = 50_000
 MAX_REPORTED = 100
 
 
@@ -39,8 +42,18 @@ def is_order(stages: Sequence[int]) -> bool:
 
 @functools.cache
 def orders(num_stages: int, path_length: int) -> tuple[tuple[int, ...], ...]:
-    """All orders that are allowed, in lexicographic order."""
-    return tuple(_continue((0,), 0, 0, (num_stages, path_length)))
+    """All orders that are allowed, in lexicographic order.
+
+    Raises:
+        UserError: there are more than MAX_ORDERS.
+    """
+    found = tuple(islice(_continue((0,), 0, 0, (num_stages, path_length)), MAX_ORDERS + 1))
+    if len(found) > MAX_ORDERS:
+        raise UserError(
+            f"paths of {path_length} of {num_stages} stages have more than {MAX_ORDERS:,} orders; plan fewer stages, or a path "
+            "length nearer to their number"
+        )
+    return found
 
 
 def _continue(so_far: tuple[int, ...], furthest: int, swaps: int, shape: tuple[int, int]) -> Iterator[tuple[int, ...]]:

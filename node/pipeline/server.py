@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from torch import Tensor
 
@@ -77,11 +78,10 @@ class StageServer:
 
     # ---- our own microbatches, at stage 0
 
-    async def train(self, microbatch: int, tokens: Tensor, *, path: list[PeerId], priority: int = 0) -> float:
+    async def train(self, tokens: Tensor, *, path: list[PeerId], priority: int = 0) -> float:
         """Send one microbatch through the pipeline and back.
 
         Args:
-            microbatch: its number in this iteration.
             tokens: int64 [B, T + 1].
             path: the peers to visit; the first is ourselves.
             priority: lower goes first, everywhere.
@@ -95,7 +95,7 @@ class StageServer:
         task = Task(
             run=self._terms.run,
             iteration=self.iteration,
-            microbatch=microbatch,
+            microbatch=secrets.randbits(62),
             kind="forward",
             path=list(path),
             position=0,
@@ -137,8 +137,12 @@ class StageServer:
         """Enter a swarm that is in this iteration; before anything is served."""
         self._ledger.begin_at(iteration)
 
+    def close_iteration(self) -> None:
+        """Forget what is still here and refuse more of it, so that the inner step can be taken."""
+        self._ledger.close()
+
     def next_iteration(self) -> None:
-        """Forget what is still here, and serve the next iteration. The caller has taken the inner step."""
+        """Serve the next iteration. The caller has closed this one and taken the inner step."""
         self._ledger.next_iteration()
 
     # ---- handlers
@@ -163,7 +167,8 @@ class StageServer:
 
     async def serve_input(self, stream: Stream) -> None:
         """Handler of an InputRequest."""
-        request = await read_message(stream, InputRequest)
+        async with _header_timeout():
+            request = await read_message(stream, InputRequest)
         sent = self._ledger.sent((request.origin, request.microbatch), request.iteration)
         if sent is None or request.run != self._terms.run:
             await write_message(stream, Reply(ok=False, reason="unknown"))
@@ -173,7 +178,8 @@ class StageServer:
 
     async def serve_notice(self, stream: Stream) -> None:
         """Handler of a Notice."""
-        notice = await read_message(stream, Notice)
+        async with _header_timeout():
+            notice = await read_message(stream, Notice)
         if notice.run != self._terms.run:
             return
         if notice.kind == "end":
@@ -214,6 +220,10 @@ class StageServer:
                 return False
             held.has_slot = True
             held.sent = await self._compute.run(self._run_forward, key_of(task), inputs)
+        if self._ledger.get(task) is not held:  # the iteration ended meanwhile
+            self._worker.forget(key_of(task))
+            taken.set_result(False)
+            return False
         if len(task.path) == 1:
             taken.set_result(True)
             await self._turn_alone(task, held.sent)
@@ -259,18 +269,27 @@ class StageServer:
         held = self._ledger.get(task)
         assert held is not None, "the ledger has looked"
         held.phase = "back"
-        await self._return(task, await self._receive(stream), stream=stream)
+        try:
+            gradient = await self._receive(stream)
+        except BaseException:
+            if held.finished is None and self._ledger.get(task) is held:
+                self._ledger.forget(key_of(task))
+            held.lose("its gradient was broken")
+            raise
+        await self._return(task, gradient, stream=stream)
 
     async def _again(self, stream: Stream, task: Task) -> None:
-        self._ledger.take(key_of(task), Held(path=task.path, phase="back"))
+        held = Held(path=task.path, phase="back")
+        self._ledger.take(key_of(task), held)
         try:
             gradient = await self._receive(stream)
             inputs = await self._compute.run(self._codec.decode, await self._handover.input_of(task))
         except BaseException:
             self._ledger.forget(key_of(task))
             raise
-        self._worker.admit(key_of(task), inputs)
-        await self._return(task, gradient, stream=stream)
+        if self._ledger.get(task) is held:
+            self._worker.admit(key_of(task), inputs)
+            await self._return(task, gradient, stream=stream)
 
     async def _return(self, task: Task, gradient: Tensor, *, stream: Stream | None) -> None:
         """Compute a backward pass, count it if the holder says so, and pass the gradient on."""
@@ -322,3 +341,12 @@ class StageServer:
 def _returning(task: Task, position: int) -> Task:
     """The task of the next backward pass."""
     return task.model_copy(update={"kind": "backward", "position": position})
+
+
+@contextlib.asynccontextmanager
+async def _header_timeout() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(HEADER_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        raise TransportError("a stream was opened and nothing said") from None

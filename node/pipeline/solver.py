@@ -6,6 +6,7 @@ would, and whoever plans a live swarm passes `processes=1` and the plan that is 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,7 @@ from node.pipeline.construct import construct
 from node.pipeline.improve import Annealing, improve
 from node.pipeline.plan import Plan
 from node.pipeline.replay import Done, replay
+from protocol.errors import UserError
 
 __all__ = ["Solution", "solve"]
 
@@ -84,6 +86,10 @@ def solve(case: Case, *, seconds: float, seed: int = 0, processes: int | None = 
     solver_s = time.perf_counter() - begun_s
     plan, _ = min(found, key=lambda each: replay(case, each[0])[0])
     iteration_s, timeline = replay(case, plan)
+    if iteration_s == math.inf:
+        raise UserError(
+            f"{case.name}: in every plan found microbatches wait for each other's slots for ever; raise slots_per_node"
+        )
     return Solution(
         plan=plan,
         iteration_s=iteration_s,

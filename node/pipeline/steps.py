@@ -26,6 +26,7 @@ from node.progress import Progress
 from node.trainer import StepStats
 from protocol.directory import Directory
 from protocol.ids import PeerId
+from protocol.records import MAX_ROUND
 from protocol.transport import Transport
 
 __all__ = ["PipelineSteps"]
@@ -66,6 +67,7 @@ class PipelineSteps(InnerSteps):
                 peer=self._peer,
                 payload_bytes=codec.num_bytes,
                 slots=spec.slots,
+                per_origin=spec.microbatches,
                 hop_timeout_s=spec.hop_timeout_s,
             ),
             transport=transport,
@@ -93,7 +95,8 @@ class PipelineSteps(InnerSteps):
         records = self._directory.peers.values()
         iterations = [r.iteration for r in records if r.stage is not None and r.state == "training"]
         own = self._trainer.round * self._inner_steps + self._trainer.step_in_round
-        self._server.begin_at(median_low(iterations) if iterations else own)
+        last = self._trainer.total_steps or MAX_ROUND
+        self._server.begin_at(min(median_low(iterations), last) if iterations else own)
         self._trainer.enter(self._server.iteration)
         self._progress.iteration = self._server.iteration
 

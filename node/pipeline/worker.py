@@ -56,6 +56,7 @@ class StageWorker:
         self.num_tokens = 0
         """Tokens whose gradients are in the weights' gradient now."""
         self._parameters = list(stage.parameters())
+        self._device = self._parameters[0].device
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
 
@@ -63,6 +64,7 @@ class StageWorker:
 
     def forward(self, key: MicrobatchKey, inputs: Tensor) -> Tensor:
         """Visit: hidden states [B, T, W] of `inputs`, which stage 0 takes as token ids [B, T + 1]."""
+        inputs = inputs.to(self._device)
         num_tokens = inputs.shape[0] * (inputs.shape[1] - (self.stage.number == 0))
         self.visits[key] = Visit(inputs, num_tokens)
         with torch.no_grad():
@@ -70,7 +72,7 @@ class StageWorker:
 
     def admit(self, key: MicrobatchKey, inputs: Tensor) -> None:
         """Take over a visit whose forward pass ran elsewhere: hidden states [B, T, W] that went in there."""
-        self.visits[key] = Visit(inputs, inputs.shape[0] * inputs.shape[1])
+        self.visits[key] = Visit(inputs.to(self._device), inputs.shape[0] * inputs.shape[1])
 
     def backward(self, key: MicrobatchKey, gradient: Tensor) -> Tensor | None:
         """The gradient [B, T, W] with respect to what came in, from that of what went out; None at stage 0. Counts on `commit`."""
@@ -79,7 +81,7 @@ class StageWorker:
         inputs = visit.inputs if is_first else visit.inputs.detach().requires_grad_()
         outputs = self._run(inputs)
         wanted = self._parameters if is_first else [inputs, *self._parameters]
-        found = torch.autograd.grad(outputs, wanted, gradient, allow_unused=True)
+        found = torch.autograd.grad(outputs, wanted, gradient.to(self._device), allow_unused=True)
         visit.gradients = found if is_first else found[1:]
         return None if is_first else found[0]
 
@@ -132,7 +134,7 @@ class StageWorker:
             Mean loss in nats per token, and the gradient of the SUM over tokens with respect to `hidden`.
         """
         visit = self.visits[key]
-        hidden = hidden.detach().requires_grad_()
+        hidden = hidden.detach().to(self._device).requires_grad_()
         loss = self.stage.loss(hidden, visit.inputs[:, 1:])
         gradient, *visit.head_gradients = torch.autograd.grad(
             loss * visit.num_tokens, [hidden, *self._parameters], allow_unused=True

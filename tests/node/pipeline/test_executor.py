@@ -10,8 +10,18 @@ import torch
 
 from model.stage import run_path
 from node.pipeline.ledger import MicrobatchLostError
+from node.pipeline.messages import NOTICE_PROTOCOL, Notice
 from protocol.virtual_time import run_virtual
-from tests.node.pipeline.stages import PER_MICROBATCH, Pipeline, gradients, microbatches, train_all, whole_gradients
+from protocol.wire import write_message
+from tests.node.pipeline.stages import (
+    PER_MICROBATCH,
+    RUN,
+    Pipeline,
+    gradients,
+    microbatches,
+    train_all,
+    whole_gradients,
+)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 6])
@@ -105,7 +115,7 @@ def test_what_a_peer_counted_before_it_died_is_not_done_again() -> None:
 
     async def train_all_again(pipeline: Pipeline) -> list[Any]:
         server = pipeline.at(0).server
-        return [await server.train(1, microbatches(1)[0], path=pipeline.path(0, 1, 2))]
+        return [await server.train(microbatches(1)[0], path=pipeline.path(0, 1, 2))]
 
     run_virtual(story())
 
@@ -205,7 +215,7 @@ def test_tasks_of_another_iteration_wait_or_are_refused() -> None:
             other.server.next_iteration()  # now the origin is behind
             server = pipeline.at(0).server
             with pytest.raises(MicrobatchLostError):
-                await server.train(1, microbatches(1)[0], path=pipeline.path(0, 1))
+                await server.train(microbatches(1)[0], path=pipeline.path(0, 1))
 
     run_virtual(story())
 
@@ -225,5 +235,66 @@ def test_an_iteration_that_is_over_leaves_nothing_behind() -> None:
             losses = await train_all(pipeline, [pipeline.path(0, 1, 2)] * 4)
             assert all(isinstance(loss, float) for loss in losses)
             assert all(not each.worker.visits for each in pipeline.peers)
+
+    run_virtual(story())
+
+
+def test_strangers_can_not_name_a_microbatch() -> None:
+    """Its number is drawn at random: who guesses is told nothing, and cancels nothing."""
+
+    async def story() -> None:
+        async with Pipeline(3) as pipeline:
+            origin, liar = pipeline.at(0), pipeline.at(2)
+            pipeline.at(1).compute.stalls[FORWARD] = 2.0
+            training = asyncio.create_task(train_all(pipeline, [pipeline.path(0, 1)] * 2))
+            await asyncio.sleep(1.0)
+            for number in range(20):
+                async with await liar.transport.open(origin.peer, NOTICE_PROTOCOL) as stream:
+                    await write_message(stream, Notice(run=RUN, iteration=0, kind="lost", microbatch=number))
+            losses = await training
+            assert all(isinstance(loss, float) for loss in losses)
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("lead", [2, 10**9])
+def test_a_single_origin_does_not_decide_which_iteration_it_is(lead: int) -> None:
+    async def story() -> None:
+        async with Pipeline(2, replicas=3) as pipeline:
+            server, liar = pipeline.at(1).server, pipeline.at(0)
+            async with await liar.transport.open(pipeline.at(1).peer, NOTICE_PROTOCOL) as stream:
+                await write_message(stream, Notice(run=RUN, iteration=lead, kind="end"))
+            await asyncio.sleep(1.0)
+            server.note_end(pipeline.at(0, 1).peer, 0)
+            server.next_iteration()
+            assert server.iteration == 1
+
+    run_virtual(story())
+
+
+def test_a_frozen_peer_goes_on_where_most_origins_are() -> None:
+    async def story() -> None:
+        async with Pipeline(2, replicas=3) as pipeline:
+            server = pipeline.at(1).server
+            waiting = asyncio.create_task(server.wait_for_end(pipeline.at(0, number).peer for number in range(3)))
+            await asyncio.sleep(1.0)
+            for number, iteration in enumerate((7, 8)):
+                server.note_end(pipeline.at(0, number).peer, iteration)
+            assert await asyncio.wait_for(waiting, 1.0) is False
+            server.next_iteration()
+            assert server.iteration == 8
+
+    run_virtual(story())
+
+
+def test_an_origin_takes_no_more_than_its_share() -> None:
+    async def story() -> None:
+        async with Pipeline(3, slots=4, waiting=4, per_origin=2) as pipeline:
+            pipeline.at(1).compute.stalls[FORWARD] = 3.0
+            losses = await train_all(pipeline, [pipeline.path(0, 1, 2)] * 4)
+            # What the second stage does not take goes around it.
+            assert all(isinstance(loss, float) for loss in losses)
+            assert pipeline.counted(1) == 2 * PER_MICROBATCH
+            assert pipeline.counted(2) == 4 * PER_MICROBATCH
 
     run_virtual(story())

@@ -54,6 +54,7 @@ def test_json(tmp_path: Path) -> None:
         (drawn_document(1) | {"partition": [[0]]}, "partition must hold every node once"),
         (drawn_document(1) | {"backward_multiplier": float("nan")}, "finite"),
         (drawn_document(1) | {"max_visits": 1}, "raise max_visits"),
+        (drawn_document(1) | {"max_visits": 0}, "max_visits must be at least 1"),
         (drawn_document(1) | {"num_nodes": 10**9}, "less than or equal to 4096"),
     ],
 )

@@ -106,6 +106,19 @@ def test_paths_keep_the_rules_and_rotate() -> None:
     assert again[0] == again[1]
 
 
+def test_long_pipelines_have_paths_at_once() -> None:
+    long = StageMap(num_stages=64, path_length=48)
+    long.update({peer_id(number): Replica(stage=number) for number in range(64)})
+    for number in range(20):
+        assert is_order([long.stage_of(peer) or 0 for peer in long.path(peer_id(0), lot=str(number))])
+
+
+def test_nobody_is_believed_to_be_absurdly_fast() -> None:
+    known = stages((1, 0, 1.0), (2, 1, 1e-300), (3, 1, 1.0), path_length=2)
+    given = [known.path(peer_id(1), lot=f"{number}")[1] for number in range(34)]
+    assert given.count(peer_id(3)) == 2
+
+
 def test_work_goes_to_the_faster_replica_in_proportion() -> None:
     known = stages((1, 0, 1.0), (2, 1, 1.0), (3, 1, 3.0), path_length=2)
     given = [known.path(peer_id(1), lot=f"{number}")[1] for number in range(8)]

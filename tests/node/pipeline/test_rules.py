@@ -10,6 +10,7 @@ import pytest
 from node.pipeline.construct import construct
 from node.pipeline.plan import Microbatch, Plan
 from node.pipeline.rules import is_order, orders, violations
+from protocol.errors import UserError
 from tests.node.pipeline import referee
 from tests.node.pipeline.cases import drawn_case, drawn_document
 
@@ -41,6 +42,11 @@ def test_all_orders_are_found(num_stages: int, path_length: int) -> None:
     found = orders(num_stages, path_length)
     assert set(found) == expected
     assert len(found) == len(expected)
+
+
+def test_too_many_orders_are_told_and_not_made() -> None:
+    with pytest.raises(UserError, match="paths of 24 of 32 stages have more than 50,000 orders"):
+        orders(32, 24)
 
 
 def broken(plan: Plan, how: str) -> Plan:
