@@ -129,7 +129,7 @@ class Case(BaseModel):
     def full_pipeline(self) -> Case:
         """The same nodes and microbatches with every stage on every path, in order.
 
-        Nodes may be visited as often as that takes: spread evenly over a stage's nodes, and at most half again as often.
+        Nodes may be visited as often as that takes with visits spread evenly over a stage's nodes.
         """
         per_node = max(self.slots_per_node) * self.rounds
         most = max(math.ceil(per_node * self.stage_sizes[0] / size) for size in self.stage_sizes)

@@ -1,4 +1,4 @@
-/* The event simulation of node/pipeline/replay.py, line by line, for the planner's inner loop: some thirty times as fast.
+/* The event simulation of node/pipeline/replay.py, line by line, for the planner's inner loop: some twenty times as fast.
    Compiled by node/pipeline/replay_native.py where there is a compiler; tests/node/pipeline compares the two.
 
    A microbatch is waiting in at most one place and has at most one event under way, and a node has at most one event of its own;

@@ -1,6 +1,6 @@
 """Many plans of one case, one after the other: compiled where this machine has a C compiler, in Python elsewhere.
 
-The planner's search is as good as the number of plans it can try. node/pipeline/replay.c tries some thirty times as many per
+The planner's search is as good as the number of plans it can try. node/pipeline/replay.c tries some twenty times as many per
 second as node/pipeline/replay.py, whose results it repeats exactly. It is compiled anew by every process that plans, into a
 folder that is gone a moment later: that takes a quarter of a second, and nobody can plant a library for us to load.
 """

@@ -1,7 +1,7 @@
 """Plan a case: construct, improve in several processes at once, bound.
 
 The processes share nothing: annealing from other seeds, of which the best counts, gains more than any exchange between them
-would, and whoever plans a live swarm passes `processes=1` and the plan that is in use.
+would.
 """
 
 from __future__ import annotations

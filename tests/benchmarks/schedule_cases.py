@@ -49,7 +49,7 @@ def published_problems() -> list[Problem]:
 
 
 def drawn_problems() -> list[Problem]:
-    """Two regions with a thin line between them; 42 nodes and 8 stages; very unequal processors; a large swarm of homes."""
+    """Two regions with a thin line between them; 42 nodes and 8 stages; very unequal processors."""
     rng = np.random.default_rng(2026)
     return [
         Problem(case=_case("two_regions", (6, 4, 4, 4), 3, _regions(rng, [9, 9]))),

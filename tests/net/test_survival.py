@@ -83,8 +83,7 @@ def test_a_killed_peer_costs_the_others_at_most_their_deadline(swarm: Swarm) -> 
         node.wait_for_averaging(since=mark)
         exchanges = [event for event in node.events[mark:] if event["event"] == "exchange"]
         with_victim = [event for event in exchanges if event["partner"] == victim_id]
-        # Before it died it may have been met in full, and its update taken or turned down; after that only lost.
-        assert {event["outcome"] for event in with_victim} <= {"averaged", "clipped", "refused", "lost", "timeout"}
+        assert all(event["outcome"] in ("averaged", "clipped", "lost", "timeout") for event in with_victim)
         assert all(event["seconds"] < DEADLINE_S + 1.0 for event in exchanges)
 
     back = swarm.join(victim.name, f"--peer={survivors[0].address}", SEQUENCES)
