@@ -92,9 +92,8 @@ class Consolidation:
     def __init__(self, replica: Replica, *, tolerance: float) -> None:
         self.agreement = Agreement(tolerance)
         self._trained, self._tolerance = replica, tolerance
-        if (
-            not replica.config.outer.keeps_slow
-        ):  # pair averaging has no slow weights; φ may be as old as its fragment's last round
+        if not replica.config.outer.keeps_slow:
+            # Pair averaging has no slow weights; φ may be as old as its fragment's last round.
             replica.phi.copy_(replica.theta)
         self._averaging = Replica(
             replica.phi,

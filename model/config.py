@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 from model.errors import DataError
 
-__all__ = ["PRESETS", "ModelConfig"]
+__all__ = ["PRESETS", "ModelConfig", "training_bytes_per_parameter"]
 
-_REPLICA_BYTES = (
-    4 * 4
-)  # beside θ and its gradient a replica keeps φ, δ, the anchor and the error-feedback residual, in fp32
+_REPLICA_BYTES = 4 * 6
+"""θ, its gradient, φ, δ, the anchor and the error-feedback residual, in fp32."""
+
+
+def training_bytes_per_parameter(optimizer_state_bytes: float) -> float:
+    """What a replica keeps per parameter, of the whole model or of a part of it; see `ModelConfig.memory_bytes`."""
+    return _REPLICA_BYTES + optimizer_state_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ class ModelConfig:
         Returns:
             Bytes for weights, gradients, optimizer, φ, δ, residual, anchor and the activations of one step.
         """
-        parameters = int(self.num_parameters * (8 + optimizer_state_bytes + _REPLICA_BYTES))
+        parameters = int(self.num_parameters * training_bytes_per_parameter(optimizer_state_bytes))
         return parameters + self.activation_bytes(num_sequences * sequence_tokens)
 
     def activation_bytes(self, num_tokens: int) -> int:

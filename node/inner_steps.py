@@ -49,21 +49,19 @@ class InnerSteps(ABC):
 
 
 class BatchSteps(InnerSteps):
-    """Steps of a whole replica."""
+    """Steps of a whole replica. To be made on the event loop."""
 
     reads_data = True
 
     def __init__(self, trainer: Trainer, compute: Compute, progress: Progress) -> None:
         self._trainer, self._compute, self._progress = trainer, compute, progress
-        self._evaluation: Evaluation | None = None
+        self._evaluation = Evaluation(trainer, compute)
 
     async def step(self, batches: RoundBatches | None) -> tuple[StepStats, float]:
         assert batches is not None
-        self._evaluation = self._evaluation or Evaluation(self._trainer, self._compute)
         return await self._compute.timed(self._trainer.step, batches, self._progress.sequences_per_step)
 
     async def measure(self, *, last: bool) -> float | None:
-        self._evaluation = self._evaluation or Evaluation(self._trainer, self._compute)
         return await self._evaluation.after_round(last=last)
 
     def stop(self) -> None:

@@ -136,9 +136,8 @@ class Peer:
         )
         self.trainer: TrainingState | None = None
         self._loop: RoundLoop | None = None
-        self._consolidating: asyncio.Task[Consolidated] | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._consolidated: Consolidated | None = None
-        self._handing_over: asyncio.Task[None] | None = None
         self._fetcher: StateFetcher | None = None
         self._stopped = False
         self._most = 0
@@ -152,9 +151,8 @@ class Peer:
         self._stopped = True
         if self._loop is not None:
             self._loop.stop()
-        for task in (self._consolidating, self._handing_over):
-            if task is not None:
-                task.cancel()
+        if self._ending is not None:
+            self._ending.cancel()
 
     async def run(self) -> Summary:
         """Take part in the run.
@@ -340,17 +338,20 @@ class Peer:
             events=self._events,
             announce=self.service.beat,
         )
-        if self._stopped or not consolidator.is_due:
+        if self._stopped:
             return
-        self._consolidating = asyncio.ensure_future(consolidator.run())
+        self._ending = asyncio.ensure_future(self._end_run(consolidator))
         try:
-            self._consolidated = await self._consolidating
-            if self._role.stage is not None:
-                self._handing_over = asyncio.ensure_future(self._hand_over())
-                await self._handing_over
+            await self._ending
         except asyncio.CancelledError:
             if not self._stopped:
                 raise  # else the owner leaves, and what was averaged so far is a model, too
+
+    async def _end_run(self, consolidator: Consolidator) -> None:
+        if consolidator.is_due:
+            self._consolidated = await consolidator.run()
+        if self._role.stage is not None and self.summary().finished:
+            await self._hand_over()
 
     async def _hand_over(self) -> None:
         """Publish the stage's final state, and stay until others have had the time to fetch it: nobody else holds it."""

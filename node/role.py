@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from model.config import training_bytes_per_parameter
 from model.data import Tokens
 from model.stage import Stage
 from node.compute import Compute
 from node.events import EventLog
 from node.inner_steps import BatchSteps, InnerSteps
-from node.pipeline.roles import StageView, choose_stage
+from node.pipeline.stage_choice import StageView, choose_stage
 from node.pipeline.steps import PipelineSteps
 from node.pipeline.trainer import StageTrainer
 from node.progress import Progress
@@ -29,7 +30,6 @@ from protocol.manifest import Manifest
 __all__ = ["MEMORY_MARGIN", "Role", "memory_needed"]
 
 MEMORY_MARGIN = 1.2
-_REPLICA_VECTORS_BYTES = 24.0  # θ, its gradient, φ, δ, the anchor and the residual, in fp32
 _TRANSIENT_BYTES = 4.0  # gradients of one microbatch until they count
 
 
@@ -50,7 +50,7 @@ def memory_needed(manifest: Manifest, stage: int | None) -> float:
     held = 2 * 4 * tokens * config.hidden_size * spec.slots  # what came in, and what was sent on
     layers = len(part.model.layers)
     computing = config.activation_bytes(tokens) * layers / config.num_layers
-    return parameters * (_REPLICA_VECTORS_BYTES + optimizer_bytes + _TRANSIENT_BYTES) + held + computing
+    return parameters * (training_bytes_per_parameter(optimizer_bytes) + _TRANSIENT_BYTES) + held + computing
 
 
 class Role:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.durable import write_durably
 from model.errors import CheckpointError
 from model.stage import Stage
 from model.weights import decode_weights
@@ -75,7 +76,7 @@ class StageArchive:
         blob, limit = BlobId(ref.root), max_snapshot_bytes(self._manifest.model.num_parameters)
         try:
             await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
-            await asyncio.to_thread(_decode, self._manifest, stage, self._store.read(blob))
+            await asyncio.to_thread(lambda: _decode(self._manifest, stage, self._store.read(blob)))
         except CheckpointError as error:
             self._refused.add(ref)
             self._drop(ref)
@@ -87,8 +88,7 @@ class StageArchive:
         self._held[stage] = ref
         try:
             text = json.dumps({str(number): each.model_dump() for number, each in sorted(self._held.items())})
-            self._file.with_suffix(".tmp").write_text(text)
-            self._file.with_suffix(".tmp").replace(self._file)
+            write_durably(self._file, [text.encode()])
         except OSError as error:
             self._events.emit("disk_error", path=str(self._file), reason=error.strerror or type(error).__name__)
         if old is not None and old.root != ref.root:

@@ -151,23 +151,10 @@ def load_case(path: Path) -> Case:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not JSON; a case is an object with num_nodes, stage_sizes, link_s, …") from None
-    return parse_case(document, source=str(path))
-
-
-def parse_case(document: object, *, source: str) -> Case:
-    """A case from decoded JSON.
-
-    Args:
-        document: what was decoded.
-        source: named in errors.
-
-    Raises:
-        UserError: it is no case; one line.
-    """
     try:
         return Case.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "case"
         reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: {where}: {reason}; correct it in the case file") from None
+        raise UserError(f"{path}: {where}: {reason}; correct it in the case file") from None

@@ -45,10 +45,13 @@ def plan(
     if full:
         problem = problem.full_pipeline()
     solution = solve(problem, seconds=seconds, seed=seed)
-    if picture is not None:
-        draw_gantt(problem, solution, picture)
-    if out is not None:
-        out.write_text(json.dumps(solution.plan.to_json()) + "\n", encoding="utf-8")
+    try:
+        if out is not None:
+            out.write_text(json.dumps(solution.plan.to_json()) + "\n", encoding="utf-8")
+        if picture is not None:
+            draw_gantt(problem, solution, picture)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or 'the plan'}: {error.strerror}; choose another file") from None
     if as_json:
         facts = {"iteration_s": solution.iteration_s, "bound_s": solution.bound_s, "solver_s": solution.solver_s}
         sys.stdout.write(json.dumps({"case": problem.name, **facts, "plan": solution.plan.to_json()}) + "\n")

@@ -106,6 +106,7 @@ class Ledger:
         if held is not None:
             self.free_slot(held)
             self._on_forget(key)
+            self._change()
 
     def free_slot(self, held: Held) -> None:
         """Give its slot back, if it has one."""
@@ -166,14 +167,18 @@ class Ledger:
     # ---- what comes in
 
     async def refusal(self, task: Task, sender: PeerId) -> Refusal | None:
-        """Why a task does not fit, or None. One of the next iteration waits here until that begins."""
+        """Why a task does not fit, or None.
+
+        One of the next iteration waits here until that begins, and one that finds no room until there is some: its holder keeps
+        the microbatch meanwhile, and a stage that is only busy is not skipped.
+        """
         if task.run != self._terms.run:
             return "wrong-run"
         if task.kind == "forward" and sender == task.path[0] and self._router.stage_of(sender) == 0:
             self.note_end(sender, task.iteration - 1)  # in case its notice was lost
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._terms.hop_timeout_s):
-                while task.iteration == self.iteration + 1:
+                while task.iteration == self.iteration + 1 or self._waits_for_room(task):
                     await self._changed.wait()
         if task.iteration > self.iteration:
             return "early"
@@ -183,16 +188,26 @@ class Ledger:
             return "not-for-me"
         held = self._held.get(key_of(task))
         if task.kind in ("forward", "again"):
-            num_of_origin = sum(origin == task.path[0] for origin, _ in self._held)
-            is_full = (
-                len(self._held) >= self._terms.slots + self._terms.waiting or num_of_origin >= self._terms.per_origin
-            )
+            is_full = not self._has_room or self._num_of(task.path[0]) >= self._terms.per_origin
             return "full" if held is not None or is_full else None
         due = "turned" if task.kind == "backward" and task.position == 0 else "out"
         if held is None or held.phase != due or held.sent is None:
             return "unknown"
         is_ours = task.kind == "loss" or task.path[: task.position + 1] == held.path[: task.position + 1]
         return None if is_ours else "not-for-me"
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._held) < self._terms.slots + self._terms.waiting
+
+    def _num_of(self, origin: str) -> int:
+        """Microbatches of one origin that are here."""
+        return sum(started == origin for started, _ in self._held)
+
+    def _waits_for_room(self, task: Task) -> bool:
+        """Whether a task is due now and would fit, were there room. An origin that has its share here is not waited for."""
+        is_due = self._is_open and task.iteration == self.iteration and task.kind in ("forward", "again")
+        return is_due and not self._has_room and self._num_of(task.path[0]) < self._terms.per_origin
 
     def _leads_here(self, task: Task, sender: PeerId) -> bool:
         """Whether the path keeps the rules, passes through us at this position, and comes from the sender."""

@@ -19,6 +19,7 @@ from node.pipeline.construct import construct
 from node.pipeline.improve import Annealing, improve
 from node.pipeline.plan import Plan
 from node.pipeline.replay import Done, replay
+from node.pipeline.rules import violations
 from protocol.errors import UserError
 
 __all__ = ["Solution", "solve"]
@@ -90,6 +91,7 @@ def solve(case: Case, *, seconds: float, seed: int = 0, processes: int | None = 
         raise UserError(
             f"{case.name}: in every plan found microbatches wait for each other's slots for ever; raise slots_per_node"
         )
+    assert not violations(case, plan), "every move keeps the rules"
     return Solution(
         plan=plan,
         iteration_s=iteration_s,

@@ -69,6 +69,9 @@ def test_fewer_slots_take_longer_and_nothing_is_lost() -> None:
         async with Pipeline(3, slots=slots, waiting=0) as pipeline:
             losses = await train_all(pipeline, [pipeline.path(0, 1, 2)] * 3)
             assert all(isinstance(loss, float) for loss in losses)
+            assert [pipeline.counted(stage) for stage in range(3)] == [3 * PER_MICROBATCH] * 3, (
+                "busy is no reason to skip"
+            )
             return asyncio.get_running_loop().time()
 
     with_one, with_three = run_virtual(story(1)), run_virtual(story(3))

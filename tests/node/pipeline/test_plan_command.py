@@ -69,5 +69,10 @@ def test_wrong_options_get_one_line_before_any_search(tmp_path: Path) -> None:
     assert "must end with .svg or .png" in str(run(tmp_path, drawn_document(1), "--gantt", "a.pdf").exception)
     nowhere = str(tmp_path / "no" / "plan.json")
     assert "there is no such folder" in str(run(tmp_path, drawn_document(1), "--out", nowhere).exception)
+    (tmp_path / "folder.svg").mkdir()
+    for option in ("--out", "--gantt"):
+        result = run(tmp_path, drawn_document(1), option, str(tmp_path / "folder.svg"))
+        assert isinstance(result.exception, UserError)
+        assert "folder.svg: Is a directory; choose another file" in str(result.exception)
     missing = CliRunner().invoke(app, ["plan", str(tmp_path / "none.json")])
     assert "No such file" in str(missing.exception)

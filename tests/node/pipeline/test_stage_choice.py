@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from node.pipeline.roles import StageView, choose_stage, lacking_stage, should_think_again
 from node.pipeline.routing import Replica, StageMap
 from node.pipeline.rules import is_order
+from node.pipeline.stage_choice import StageView, choose_stage, lacking_stage, should_think_again
 from protocol.ids import PeerId
 from protocol.records import PeerRecord
 from protocol.virtual_time import run_virtual
