@@ -1,7 +1,7 @@
 """Serves the status document to other programs over libp2p: one frame on a stream, then the end.
 
 The stream is `/llm-node/status/1`: four bytes of big-endian length, then UTF-8 JSON of at most 1 MiB. It asks nothing of the
-caller, so that any libp2p implementation can read it in a dozen lines (node/status.py does, with py-libp2p).
+caller, so that any libp2p implementation can read it in a dozen lines (node/light_client.py does, with py-libp2p).
 """
 
 from __future__ import annotations

@@ -14,11 +14,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from typing import ParamSpec, TypeVar
 
 __all__ = ["Compute", "ThreadCompute", "VirtualCompute"]
 
 NICENESS = 10
+LEAST_PRIORITY = 19
+"""For what runs aside: training comes first."""
+ASIDE_TIMEOUT_S = 120.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,6 +41,14 @@ class Compute(ABC):
         result = await self.run(function, *args, **kwargs)
         return result, asyncio.get_running_loop().time() - started_s
 
+    async def run_aside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a long function that must hold up neither the loop nor `run`. Everything about it must be picklable.
+
+        Raises:
+            TimeoutError: it took longer than ASIDE_TIMEOUT_S.
+        """
+        return function(*args, **kwargs)
+
     @abstractmethod
     def close(self) -> None:
         """Let the call in progress finish, then take no more."""
@@ -54,6 +66,33 @@ class ThreadCompute(Compute):
 
     async def timed(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
         return await self.run(_with_seconds, function, *args, **kwargs)
+
+    async def run_aside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def tell(result: T | None, error: BaseException | None) -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(result)  # type: ignore[arg-type]
+            else:
+                done.set_exception(error)
+
+        # A pool rather than an executor, because it can be ended in the middle of a call.
+        pool = await asyncio.to_thread(get_context("spawn").Pool, 1, os.nice, (LEAST_PRIORITY,))
+        try:
+            pool.apply_async(
+                function,
+                args,
+                kwargs,
+                callback=lambda result: loop.call_soon_threadsafe(tell, result, None),
+                error_callback=lambda error: loop.call_soon_threadsafe(tell, None, error),
+            )
+            async with asyncio.timeout(ASIDE_TIMEOUT_S):
+                return await done
+        finally:
+            pool.terminate()
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

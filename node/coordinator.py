@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 
 from node.events import EventLog
 from node.home import Home, keep_manifest
@@ -104,6 +106,7 @@ async def coordinate(
                     events=events,
                 )
                 service.on_heartbeat(archive.look)
+                service.on_heartbeat(_PlanWatch(manifest, service).look)
             async with service.running():
                 events.emit("serving", run=manifest.run_id, name=manifest.name, addresses=await transport.addresses())
                 await stopping.wait()
@@ -125,6 +128,28 @@ class _SwarmWatch:
             self._last = state
             keys = ("peers", "training", "round", "val_loss", "tokens_per_s")
             self._service.events.emit("swarm", **{key: swarm[key] for key in keys})
+
+
+class _PlanWatch:
+    """Keeps the newest plan, for whoever asks for it here."""
+
+    def __init__(self, manifest: Manifest, service: Service) -> None:
+        from node.pipeline.plan_book import PlanBook
+
+        self._directory = service.directory
+        self._book = PlanBook(
+            manifest, payload_bytes=0, transport=service.transport, events=service.events, violations=Counter()
+        )
+
+    async def look(self) -> None:
+        """One look at the directory."""
+        from node.pipeline.published import plan_number
+
+        peers = self._directory.peers
+        at_work = {peer: r for peer, r in peers.items() if r.stage is not None and r.state == "training"}
+        iterations = [record.iteration for record in at_work.values()]
+        if iterations:
+            await self._book.fetch(at_work, at_most=plan_number(median_low(iterations)) + 1)
 
 
 class _Record:

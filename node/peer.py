@@ -141,9 +141,7 @@ class Peer:
         self._fetcher: StateFetcher | None = None
         self._stopped = False
         self._most = 0
-        self._role = Role(
-            self.manifest, peer=identity.peer_id, service=self.service, progress=self.progress, folder=folder
-        )
+        self._role = Role(self.manifest, identity=identity, service=self.service, progress=self.progress, folder=folder)
         self._keeper: SnapshotKeeper | None = None
 
     def stop(self) -> None:

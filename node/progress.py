@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from protocol.ids import PeerId, RunId
-from protocol.records import ExchangeNote, PeerRecord, SnapshotRef
+from protocol.records import MAX_LINKS, ExchangeNote, LinkNote, PeerRecord, SnapshotRef
 from protocol.transport import Traffic
 
 __all__ = ["Progress", "software_version"]
@@ -22,6 +22,9 @@ VAL_WINDOW = 64
 """Rounds whose held-out loss is remembered."""
 SPEED_WINDOW = 16
 """Steps over which the speed is averaged."""
+LINK_BYTES = 56
+LINKS_AND_ADDRESSES_BYTES = 2400
+"""Of a record; what else is in it takes at most 1.6 KiB."""
 
 
 def software_version() -> str:
@@ -45,6 +48,10 @@ class Progress:
     stage: int | None = None
     iteration: int = 0
     forward_s: float = 0.0
+    backward_s: float = 0.0
+    loss_s: float = 0.0
+    links: Sequence[LinkNote] = ()
+    plan: int = 0
     round: int = 0
     step: int = 0
     sequences_per_step: int = 0
@@ -148,6 +155,10 @@ class Progress:
             stage=self.stage,
             iteration=self.iteration,
             forward_s=self.forward_s,
+            backward_s=self.backward_s,
+            loss_s=self.loss_s,
+            links=list(self.links)[: _room_for_links(addresses)],
+            plan=self.plan,
             round=self.round,
             step=min(self.step, self.inner_steps),
             inner_steps=self.inner_steps,
@@ -165,6 +176,11 @@ class Progress:
             recent=list(self.recent),
             snapshots=self.snapshots[-2:],
         )
+
+
+def _room_for_links(addresses: Sequence[str]) -> int:
+    """How many links fit into a record beside its addresses."""
+    return max(0, min(MAX_LINKS, (LINKS_AND_ADDRESSES_BYTES - sum(map(len, addresses[:8]))) // LINK_BYTES))
 
 
 def _reportable(loss: float | None) -> float | None:

@@ -24,7 +24,7 @@ from node.service import Service
 from node.trainer import Trainer
 from node.training_state import TrainingState, model_config
 from protocol.errors import UserError
-from protocol.ids import PeerId
+from protocol.identity import Identity
 from protocol.manifest import Manifest
 
 __all__ = ["MEMORY_MARGIN", "Role", "memory_needed"]
@@ -57,14 +57,14 @@ class Role:
     """One peer's part in its run.
 
     Args:
-        peer: ourselves.
+        identity: our own.
         folder: of the run in this home, or None.
     """
 
     def __init__(
-        self, manifest: Manifest, *, peer: PeerId, service: Service, progress: Progress, folder: Path | None
+        self, manifest: Manifest, *, identity: Identity, service: Service, progress: Progress, folder: Path | None
     ) -> None:
-        self._manifest, self._peer, self._service, self._progress = manifest, peer, service, progress
+        self._manifest, self._identity, self._service, self._progress = manifest, identity, service, progress
         self._checkpoints = None if folder is None else folder / "checkpoints"
         self.stage: int | None = None
 
@@ -97,7 +97,9 @@ class Role:
             self.stage = kept
             await announce(kept)
         else:
-            self.stage = await choose_stage(self._service.directory, stages=fitting, peer=self._peer, announce=announce)
+            self.stage = await choose_stage(
+                self._service.directory, stages=fitting, peer=self._identity.peer_id, announce=announce
+            )
 
     @property
     def view(self) -> StageView:
@@ -122,13 +124,15 @@ class Role:
         if isinstance(trainer, StageTrainer):
             steps = PipelineSteps(
                 trainer,
+                identity=self._identity,
                 transport=self._service.transport,
                 compute=compute,
                 directory=self._service.directory,
                 progress=self._progress,
                 events=events,
             )
-            self._service.on_heartbeat(steps.after_heartbeat)
+            for watcher in steps.watchers:
+                self._service.on_heartbeat(watcher)
             steps.enter()
             return steps
         assert isinstance(trainer, Trainer)

@@ -1,151 +1,29 @@
-"""Asks one peer how its swarm is doing: the light client behind `llm-node status`.
-
-It speaks libp2p through py-libp2p (trio), an implementation that shares no code with the go-libp2p daemon the peers run, so it
-also shows that `/llm-node/status/1` can be read by others. py-libp2p and hivemind define the same protobuf symbols and can not
-live in one process: import this module only where neither hivemind nor torch is loaded. Importing it takes about half
-a second, nearly all of it py-libp2p's.
-
-Only TLS is offered as security, which is what our p2pd speaks: py-libp2p would by default also accept plaintext, under which
-anybody on the path could pose as the peer. The handshake proves that the other side holds the key in the address.
-"""
+"""The status document of a swarm, from one of its peers: what `llm-node status` shows."""
 
 from __future__ import annotations
 
-import logging
-import socket
-from collections.abc import Iterator
 from typing import Any
 
-import libp2p
-import trio
-from libp2p.abc import INetStream
-from libp2p.crypto.ed25519 import create_new_key_pair as new_ed25519_keys
-from libp2p.custom_types import TProtocol
-from libp2p.exceptions import BaseLibp2pError
-from libp2p.host.exceptions import StreamFailure
-from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
-from libp2p.security.tls.transport import PROTOCOL_ID as TLS
-from libp2p.security.tls.transport import TLSTransport
-from multiaddr import Multiaddr
-
 from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL, parse_document
-from protocol.errors import LlmNodeError, ProtocolError, UserError
-from protocol.libp2p_addresses import split_address
+from node.light_client import fetch_frame
 
 __all__ = ["fetch_status"]
 
-_READ_BYTES = 1 << 16
-
-_NETWORK_ERRORS = (BaseLibp2pError, OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError)
-
 
 def fetch_status(address: str, *, timeout_s: float = 15.0) -> dict[str, Any]:
-    """Fetch and check the status document of the peer at `address`. Runs its own trio loop; call it from no other loop.
+    """Fetch and check the status document of the peer at `address`.
 
     Args:
-        address: multiaddress of TCP kind ending in `/p2p/<peer id>`, as peers print it.
-        timeout_s: for everything together: dialling, handshake and transfer.
+        address: multiaddress, as peers print it.
+        timeout_s: for everything together.
 
     Returns:
         A document in the schema `bootstrap.document.StatusDocument`.
 
     Raises:
-        UserError: the address is malformed, nobody answers there, somebody else does, or the peer serves no status.
+        UserError: see `node.light_client.fetch_frame`.
         ProtocolError: the peer answered with something that is not a status document.
     """
-    address = address.strip()
-    peer = _parse_address(address)
-    # py-libp2p logs every failed attempt to stderr; what matters is in the error that is raised.
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)
-    try:
-        outcome = trio.run(_fetch, peer, timeout_s)
-    except ExceptionGroup as group:
-        # py-libp2p's own tasks fail as a group, for instance when the other side breaks its framing.
-        raise UserError(f"{address} broke off the connection ({_leaf(group)}); is it an llm-node peer?") from None
-    if isinstance(outcome, bytes):
-        return parse_document(outcome)
-    if isinstance(outcome, LlmNodeError):
-        raise outcome
-    raise UserError(_explain(address, outcome, timeout_s)) from None
-
-
-def _parse_address(address: str) -> PeerInfo:
-    path, peer = split_address(address)
-    if "/p2p-circuit" in path:
-        raise UserError(f"{address} leads through a relay; ask a peer that can be dialled directly")
-    if not peer.startswith("12D3KooW"):
-        raise UserError(f"{address} is not an address of ours, whose peer ids begin with 12D3KooW; copy it again")
-    return info_from_p2p_addr(Multiaddr(f"{_resolved(path)}/p2p/{peer}"))
-
-
-def _resolved(path: str) -> str:
-    """`path` with a host name replaced by its first address: py-libp2p's TCP dials numbers only."""
-    _, kind, host, tcp, port = path.split("/")
-    if not kind.startswith("dns"):
-        return path
-    family = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}.get(kind, socket.AF_UNSPEC)
-    try:
-        found = socket.getaddrinfo(host, int(port), family, socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError):  # the latter for labels over 63 characters
-        raise UserError(f"host name {host} can not be resolved; check its spelling and your network") from None
-    version = "ip6" if found[0] == socket.AF_INET6 else "ip4"
-    return f"/{version}/{found[4][0]}/{tcp}/{port}"
-
-
-async def _fetch(peer: PeerInfo, timeout_s: float) -> bytes | Exception:
-    """The document's bytes, or what went wrong: raised inside the host it would come out wrapped in a group."""
-    keys = new_ed25519_keys()
-    host = libp2p.new_host(key_pair=keys, sec_opt={TLS: TLSTransport(keys)})
-    outcome: bytes | Exception = TimeoutError()
-    with trio.move_on_after(timeout_s):
-        async with host.run(listen_addrs=[]):
-            try:
-                await host.connect(peer)
-                outcome = await _read_frame(await host.new_stream(peer.peer_id, [TProtocol(STATUS_PROTOCOL)]))
-            except (LlmNodeError, *_NETWORK_ERRORS) as error:
-                outcome = error
-    return outcome
-
-
-async def _read_frame(stream: INetStream) -> bytes:
-    num_bytes = int.from_bytes(await _read_exactly(stream, 4), "big")
-    if num_bytes > MAX_DOCUMENT_BYTES:
-        raise ProtocolError(f"status document of {num_bytes} bytes exceeds {MAX_DOCUMENT_BYTES}")
-    return await _read_exactly(stream, num_bytes)
-
-
-async def _read_exactly(stream: INetStream, num_bytes: int) -> bytes:
-    data = bytearray()
-    while len(data) < num_bytes:
-        chunk = await stream.read(min(num_bytes - len(data), _READ_BYTES))
-        if not chunk:
-            raise EOFError(f"stream ended after {len(data)} of {num_bytes} bytes")
-        data += chunk
-    return bytes(data)
-
-
-def _explain(address: str, error: Exception, timeout_s: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"{address} did not answer within {timeout_s:g} s; check the address, and that the peer is running"
-    if isinstance(error, StreamFailure):
-        return f"{address} is there but serves no status; is it an llm-node peer of this version?"
-    if isinstance(error, EOFError):
-        return f"{address} broke off in the middle of its status; try again"
-    if any("Peer ID mismatch" in str(cause) for cause in _causes(error)):
-        return f"something answers at {address}, but it is not that peer; ask for the peer's present address"
-    return f"{address} can not be reached; check the address, and that the peer is running and its port open"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and all that led to it; py-libp2p keeps one list of them for the attempts at all addresses."""
-    while error is not None:
-        yield error
-        for attempt in getattr(error, "errors", ()):
-            yield from _causes(attempt)
-        error = error.__cause__
-
-
-def _leaf(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return type(error).__name__
+    return parse_document(
+        fetch_frame(address, STATUS_PROTOCOL, what="status", max_bytes=MAX_DOCUMENT_BYTES, timeout_s=timeout_s)
+    )

@@ -11,17 +11,20 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["MAX_RECORD_BYTES", "MAX_ROUND", "ExchangeNote", "PeerRecord", "SnapshotRef"]
+__all__ = ["MAX_LINKS", "MAX_RECORD_BYTES", "MAX_ROUND", "ExchangeNote", "LinkNote", "PeerRecord", "SnapshotRef"]
 
 MAX_RECORD_BYTES = 4096
 MAX_ROUND = 10**9
 """More rounds than any run has: at one a second, 30 years."""
+MAX_LINKS = 24
+"""Links that a record tells of; fewer where long addresses take the room."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PeerIdText = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Round = Annotated[int, Field(ge=0, le=MAX_ROUND)]
 Loss = Annotated[float, Field(ge=0.0, le=1e6)]
+Seconds = Annotated[float, Field(ge=0.0, le=1e6)]
 
 
 class _Strict(BaseModel):
@@ -46,7 +49,18 @@ class ExchangeNote(_Strict):
     outcome: Literal["averaged", "clipped", "refused", "alone", "timeout", "lost"]
     """averaged, clipped (averaged after clipping), refused (partner's update was out of bounds), alone (no partner free),
     timeout (deadline passed), lost (partner vanished)."""
-    seconds: Annotated[float, Field(ge=0.0, le=1e6)]
+    seconds: Seconds
+
+
+class LinkNote(_Strict):
+    """What a peer has measured of the link from another peer to itself."""
+
+    peer: Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{8}$")]
+    """The last characters of the other one's id."""
+    latency_s: Annotated[float, Field(ge=0.0, le=60.0)]
+    """One way: half of the shortest round trip."""
+    bytes_per_s: Annotated[float, Field(ge=0.0, le=1e12)] = 0.0
+    """Goodput from the other one to this peer; 0 if not measured yet."""
 
 
 class PeerRecord(_Strict):
@@ -73,8 +87,15 @@ class PeerRecord(_Strict):
     """The pipeline stage that this peer holds; None for a whole replica."""
     iteration: Round = 0
     """The pipeline's iteration that it is in."""
-    forward_s: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    forward_s: Seconds = 0.0
     """Its stage's forward pass of one microbatch; 0 if not measured yet."""
+    backward_s: Seconds = 0.0
+    """The same for the backward pass."""
+    loss_s: Seconds = 0.0
+    """The same for head and loss, at stage 0."""
+    links: Annotated[list[LinkNote], Field(max_length=MAX_LINKS)] = []
+    plan: Round = 0
+    """The number of the newest plan that it holds; 0 for none."""
     round: Round = 0
     step: Count = 0
     """Inner steps taken in this round."""

@@ -47,8 +47,10 @@ class Case(BaseModel):
     """Microbatches whose activations a node holds at once; one number stands for all nodes."""
     rounds: int = Field(ge=1, le=1000)
     """A node of stage 0 starts slots × rounds microbatches per iteration."""
+    microbatches_per_node: int = Field(default=0, ge=0, le=100_000)
+    """That instead, where the two do not go together; 0: slots × rounds."""
     max_visits: tuple[int, ...] = ()
-    """Microbatches that may visit a node in one iteration; left out: slots × rounds."""
+    """Microbatches that may visit a node in one iteration; left out: as many as it would start."""
     forward_s: tuple[Seconds, ...]
     """Forward pass of one microbatch on each node."""
     backward_multiplier: float = Field(gt=0.0, le=100.0)
@@ -85,7 +87,7 @@ class Case(BaseModel):
         if not self.slots_per_node or min(self.slots_per_node) < 1:
             raise ValueError("slots_per_node must be at least 1 for every node")
         if not self.max_visits:
-            visits = tuple(slots * self.rounds for slots in self.slots_per_node)
+            visits = tuple(self.starts(node) for node in range(nodes))
             object.__setattr__(self, "max_visits", visits)
         if min(self.max_visits) < 1:
             raise ValueError("max_visits must be at least 1 for every node")
@@ -124,14 +126,14 @@ class Case(BaseModel):
 
     def starts(self, node: int) -> int:
         """Microbatches that a node of stage 0 starts in one iteration."""
-        return self.slots_per_node[node] * self.rounds
+        return self.microbatches_per_node or self.slots_per_node[node] * self.rounds
 
     def full_pipeline(self) -> Case:
         """The same nodes and microbatches with every stage on every path, in order.
 
         Nodes may be visited as often as that takes with visits spread evenly over a stage's nodes.
         """
-        per_node = max(self.slots_per_node) * self.rounds
+        per_node = max(self.starts(node) for node in range(self.num_nodes))
         most = max(math.ceil(per_node * self.stage_sizes[0] / size) for size in self.stage_sizes)
         visits = tuple(max(own, most) for own in self.max_visits)
         return self.model_copy(update={"path_length": self.num_stages, "max_visits": visits})

@@ -18,7 +18,12 @@ PICTURES = (".svg", ".png")
 
 
 def plan(
-    case: Annotated[Path, typer.Argument(help="Case file; docs/PIPELINE.md has the format.", metavar="CASE.json")],
+    case: Annotated[
+        Path | None, typer.Argument(help="Case file; docs/PIPELINE.md has the format.", metavar="CASE.json")
+    ] = None,
+    peer: Annotated[
+        str | None, typer.Option("--peer", metavar="ADDRESS", help="Show the plan that this peer's swarm follows.")
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, max=86_400.0, help="Time to search.")] = 30.0,
     out: Annotated[Path | None, typer.Option("--out", metavar="PLAN.json", help="Write the plan here.")] = None,
     picture: Annotated[
@@ -28,7 +33,16 @@ def plan(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the search.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON instead.")] = False,
 ) -> None:
-    """Plan a pipeline: which node holds which stage, which way every microbatch goes, and how long an iteration takes."""
+    """Plan a pipeline: which node holds which stage, which way every microbatch goes, and how long an iteration takes.
+
+    A case file is planned here; with --peer, the plan that a live swarm follows is shown.
+    """
+    if (case is None) == (peer is None):
+        raise UserError("give a case file to plan, or --peer ADDRESS to see the plan of a live swarm")
+    if case is None:
+        assert peer is not None
+        _show_live(peer, as_json=as_json)
+        return
     from node.pipeline.case import load_case
     from node.pipeline.solver import solve
     from node.pipeline.view import draw_gantt, render_solution
@@ -57,3 +71,28 @@ def plan(
         sys.stdout.write(json.dumps({"case": problem.name, **facts, "plan": solution.plan.to_json()}) + "\n")
     else:
         Console().print(render_solution(problem, solution))
+
+
+def _show_live(address: str, *, as_json: bool) -> None:
+    from node.light_client import fetch_frame
+    from node.pipeline.published import MAX_PLAN_BYTES, PLAN_PROTOCOL, SignedPlan
+    from node.pipeline.view import render_document
+    from protocol.publication import MANIFEST_PROTOCOL, SignedManifest
+    from protocol.wire import MAX_HEADER_BYTES
+
+    manifest = SignedManifest.unpack(
+        fetch_frame(address, MANIFEST_PROTOCOL, what="manifest", max_bytes=MAX_HEADER_BYTES)
+    ).manifest
+    if manifest.pipeline.stages == 1:
+        raise UserError(f"{manifest.name} has no pipeline: every peer trains the whole model")
+    data = fetch_frame(address, PLAN_PROTOCOL, what="plan", max_bytes=MAX_PLAN_BYTES)
+    if not data:
+        raise UserError(
+            f"the peers of {manifest.name} have no plan yet and route greedily; ask again after some iterations"
+        )
+    document = SignedPlan.unpack(data, run=manifest.run_id, spec=manifest.pipeline).document
+    if as_json:
+        facts = document.model_dump(exclude={"paths", "path_length"}) | {"paths": document.table()}
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        Console().print(render_document(manifest.name, document))

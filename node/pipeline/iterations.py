@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,8 +24,10 @@ from node.pipeline.server import StageServer
 from node.pipeline.trainer import StageTrainer
 from protocol.ids import PeerId
 
-__all__ = ["IterationStats", "Iterations"]
+__all__ = ["IterationStats", "Iterations", "Way"]
 
+Way = tuple[list[PeerId], int]
+"""Whom a microbatch visits, ourselves first, and its priority."""
 PATIENCE = 2
 """Iterations in which an origin may be silent before nobody waits for it."""
 
@@ -56,6 +58,7 @@ class Iterations:
 
     Args:
         stages: who holds what; kept up to date by the caller.
+        choose_paths: given an iteration and how many microbatches we start in it, their paths and priorities.
         timeout_s: an iteration never takes longer.
         least_tokens: with fewer there is no inner step.
     """
@@ -68,11 +71,13 @@ class Iterations:
         trainer: StageTrainer,
         compute: Compute,
         stages: StageMap,
+        choose_paths: Callable[[int, int], Sequence[Way]],
         timeout_s: float,
         least_tokens: int = 1,
     ) -> None:
         self._peer, self._server, self._trainer, self._compute = peer, server, trainer, compute
         self._stages, self._timeout_s, self._least_tokens = stages, timeout_s, least_tokens
+        self._choose_paths = choose_paths
         self._silent: dict[PeerId, int] = {}
 
     async def run(self, batches: Sequence[Tensor] = ()) -> IterationStats:
@@ -108,15 +113,15 @@ class Iterations:
     async def _send(self, number: int, batches: Sequence[Tensor], losses: list[float]) -> None:
         """All our microbatches at once; the turnstiles sort them. Those that are not back at the deadline are lost."""
 
-        async def send(microbatch: int, tokens: Tensor) -> None:
-            path = self._stages.path(self._peer, lot=f"{self._peer}/{number}/{microbatch}")
+        async def send(tokens: Tensor, path: list[PeerId], priority: int) -> None:
             with contextlib.suppress(MicrobatchLostError):
-                losses.append(await self._server.train(tokens, path=path, priority=microbatch))
+                losses.append(await self._server.train(tokens, path=path, priority=priority))
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                for microbatch, tokens in enumerate(batches):
-                    tasks.create_task(send(microbatch, tokens))
+                ways = self._choose_paths(number, len(batches))
+                for tokens, (path, priority) in zip(batches, ways, strict=True):
+                    tasks.create_task(send(tokens, path, priority))
         finally:
             await self._server.announce_end(self._stages.everybody)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from node.pipeline.rules import is_order
@@ -106,6 +106,26 @@ class StageMap:
             best = min(self.holders(stage), key=lambda peer: (self._expected_s(peer), rng.random()))
             path.append(best)
             self._given[best] += 1
+        return path
+
+    def mended(self, planned: Sequence[PeerId], stages: Sequence[int], *, lot: str) -> list[PeerId]:
+        """A planned path for the swarm as it is now: whoever does not hold the planned stage any more is replaced by the best
+        who does. Where nobody does, the path is drawn anew.
+
+        Args:
+            planned: peers; the first is the origin.
+            stages: that they were planned for.
+            lot: see `path`.
+        """
+        path = [planned[0]]
+        for peer, stage in zip(planned[1:], stages[1:], strict=True):
+            if self.stage_of(peer) != stage:
+                others = self.holders(stage)
+                if not others:
+                    return self.path(planned[0], lot=lot)
+                peer = min(others, key=self._expected_s)
+            path.append(peer)
+        self._given.update(path[1:])
         return path
 
     def _expected_s(self, peer: PeerId) -> float:

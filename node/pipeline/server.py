@@ -16,6 +16,7 @@ import contextlib
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from node.compute import Compute
 from node.pipeline.activations import ActivationCodec
 from node.pipeline.handover import Handover, Router, StageTerms
 from node.pipeline.ledger import Held, Ledger, MicrobatchLostError, key_of
+from node.pipeline.links import Links
 from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCOL, InputRequest, Notice, Reply, Task
 from node.pipeline.replay import BACKWARD, FORWARD, LOSS
 from node.pipeline.turnstile import Turnstile
@@ -34,6 +36,11 @@ from protocol.wire import read_bulk, read_message, write_bulk, write_message
 
 __all__ = ["StageServer"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+RECENT = 0.2
+"""Weight of the latest measurement of our speed."""
 HEADER_TIMEOUT_S = 10.0
 """Time for a stranger's message, and for the holder to say whether a computed gradient counts."""
 
@@ -47,6 +54,7 @@ class StageServer:
         codec: of activations and gradients.
         router: who holds what.
         violations: counts broken rules per peer.
+        links: measures what comes in.
         on_failure: told of every task that a peer did not take from us, and why.
     """
 
@@ -60,10 +68,13 @@ class StageServer:
         codec: ActivationCodec,
         router: Router,
         violations: Counter[PeerId],
+        links: Links | None = None,
         on_failure: Callable[[Task, str], None] = lambda task, reason: None,
     ) -> None:
         self._terms, self._compute, self._worker, self._codec = terms, compute, worker, codec
-        self._violations, self._router = violations, router
+        self._violations, self._router, self._links = violations, router, links
+        self.pace: dict[int, float] = {}
+        """Seconds of a forward pass, loss and backward pass, as measured lately."""
         self._handover = Handover(terms, transport, router, on_failure)
         self._turnstile = Turnstile(terms.slots)
         self._ledger = Ledger(terms, router, self._turnstile, worker.forget)
@@ -219,7 +230,7 @@ class StageServer:
                 taken.set_result(False)
                 return False
             held.has_slot = True
-            held.sent = await self._compute.run(self._run_forward, key_of(task), inputs)
+            held.sent = await self._paced(FORWARD, self._run_forward, key_of(task), inputs)
         if self._ledger.get(task) is not held:  # the iteration ended meanwhile
             self._worker.forget(key_of(task))
             taken.set_result(False)
@@ -249,7 +260,7 @@ class StageServer:
         async with self._turnstile.turn(LOSS, task.priority):
             if self._ledger.get(task) is not held:
                 return None
-            held.loss, gradient = await self._compute.run(self._run_loss, key_of(task), hidden)
+            held.loss, gradient = await self._paced(LOSS, self._run_loss, key_of(task), hidden)
             return gradient
 
     def _run_loss(self, key: MicrobatchKey, hidden: Tensor) -> tuple[float, memoryview]:
@@ -299,7 +310,7 @@ class StageServer:
                 if held is None or self._ledger.get(task) is not held:
                     return
                 self._ledger.free_slot(held)
-                onward = await self._compute.run(self._run_backward, key_of(task), gradient)
+                onward = await self._paced(BACKWARD, self._run_backward, key_of(task), gradient)
             if not await self._still_counts(stream) or self._ledger.get(task) is not held:
                 return
             await self._compute.run(self._worker.commit, key_of(task))
@@ -316,6 +327,12 @@ class StageServer:
         onward = self._worker.backward(key, gradient)
         return None if onward is None else self._codec.encode(onward)
 
+    async def _paced(self, kind: int, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Compute, and remember how long it took."""
+        result, seconds = await self._compute.timed(function, *args, **kwargs)
+        self.pace[kind] = (1.0 - RECENT) * self.pace.get(kind, seconds) + RECENT * seconds
+        return result
+
     async def _still_counts(self, stream: Stream | None) -> bool:
         """Ask the holder; nobody else may have been asked meanwhile, or the microbatch would count twice."""
         if stream is None:
@@ -328,8 +345,12 @@ class StageServer:
 
     async def _receive(self, stream: Stream) -> Tensor:
         """Say yes to a task and read what comes with it."""
+        loop = asyncio.get_running_loop()
+        asked_s = loop.time()
         await write_message(stream, Reply(ok=True))
         payload = await read_bulk(stream, self._terms.payload_bytes)
+        if self._links is not None:
+            self._links.note_transfer(stream.peer, len(payload), loop.time() - asked_s)
         try:
             return await self._compute.run(self._codec.decode, payload)
         except ProtocolError:

@@ -10,19 +10,19 @@ import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 from node.pipeline.bounds import lower_bound
 from node.pipeline.case import Case
 from node.pipeline.construct import construct
 from node.pipeline.improve import Annealing, improve
-from node.pipeline.plan import Plan
+from node.pipeline.plan import Dispatch, Plan
 from node.pipeline.replay import Done, replay
 from node.pipeline.rules import violations
 from protocol.errors import UserError
 
-__all__ = ["Solution", "solve"]
+__all__ = ["Solution", "replan", "solve"]
 
 _SCOUTS = 3
 _SCOUTING_SHARE = 0.3
@@ -100,6 +100,33 @@ def solve(case: Case, *, seconds: float, seed: int = 0, processes: int | None = 
         num_evaluations=sum(count for _, count in found),
         timeline=timeline,
     )
+
+
+def replan(
+    case: Case,
+    incumbent: Plan | None,
+    *,
+    dispatch: Dispatch,
+    seed: int,
+    seconds: float,
+    max_evaluations: int,
+) -> Plan:
+    """Plan a swarm that is at work: a quick search in this process, from a new plan, and from the present one if there is one.
+
+    Args:
+        incumbent: keeps the rules of `case`.
+        dispatch: how the peers choose among waiting tasks.
+        seed: another one each time, so that paths change from plan to plan.
+        seconds, max_evaluations: whichever comes first; a search ended by the latter is repeatable.
+
+    Raises:
+        UserError: there is no plan.
+    """
+    first = replace(construct(case, seed=seed), dispatch=dispatch)
+    starts = [first] if incumbent is None else [first, replace(incumbent, dispatch=dispatch)]
+    share = Annealing(seconds=seconds / len(starts), seed=seed, max_evaluations=max(1, max_evaluations // len(starts)))
+    found = [improve(case, start, share)[0] for start in starts]
+    return min(found, key=lambda plan: replay(case, plan)[0])
 
 
 @dataclass(frozen=True, slots=True)

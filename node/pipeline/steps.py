@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from statistics import median_low
+from typing import Any
 
 from model.batches import RoundBatches
 from node.compute import Compute
@@ -17,14 +19,19 @@ from node.events import EventLog
 from node.inner_steps import InnerSteps
 from node.pipeline.activations import ActivationCodec
 from node.pipeline.handover import StageTerms
-from node.pipeline.iterations import Iterations
+from node.pipeline.iterations import Iterations, Way
+from node.pipeline.links import Links
 from node.pipeline.messages import Task
+from node.pipeline.plan_book import PlanBook
+from node.pipeline.planning import Planning
+from node.pipeline.replay import BACKWARD, FORWARD, LOSS
 from node.pipeline.routing import Replica, StageMap
 from node.pipeline.server import StageServer
 from node.pipeline.trainer import StageTrainer
 from node.progress import Progress
 from node.trainer import StepStats
 from protocol.directory import Directory
+from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.records import MAX_ROUND
 from protocol.transport import Transport
@@ -39,6 +46,7 @@ class PipelineSteps(InnerSteps):
 
     Args:
         trainer: of our stage.
+        identity: signs plans.
         directory: of all peers, whatever their stage.
     """
 
@@ -46,6 +54,7 @@ class PipelineSteps(InnerSteps):
         self,
         trainer: StageTrainer,
         *,
+        identity: Identity,
         transport: Transport,
         compute: Compute,
         directory: Directory,
@@ -61,6 +70,18 @@ class PipelineSteps(InnerSteps):
         codec = ActivationCodec(spec.codec, shape)
         self._stages = StageMap(num_stages=spec.stages, path_length=spec.path_length)
         self.violations: Counter[PeerId] = Counter()
+        self._links = Links(transport)
+        is_origin = trainer.stage == 0
+        self._plans = PlanBook(
+            manifest,
+            payload_bytes=codec.num_bytes if is_origin else 0,
+            transport=transport,
+            events=events,
+            violations=self.violations,
+        )
+        self._planning = Planning(
+            manifest, book=self._plans, payload_bytes=codec.num_bytes, identity=identity, compute=compute
+        )
         self._server = StageServer(
             StageTerms(
                 run=manifest.run_id,
@@ -75,6 +96,7 @@ class PipelineSteps(InnerSteps):
             worker=trainer.worker,
             codec=codec,
             router=self._stages,
+            links=self._links,
             violations=self.violations,
             on_failure=self._tell_failure,
         )
@@ -84,6 +106,7 @@ class PipelineSteps(InnerSteps):
             trainer=trainer,
             compute=compute,
             stages=self._stages,
+            choose_paths=self._choose_paths,
             timeout_s=spec.iteration_timeout_s,
         )
         self._iteration: asyncio.Task[object] | None = None
@@ -115,9 +138,27 @@ class PipelineSteps(InnerSteps):
         peers[self._peer] = Replica(stage=self._trainer.stage, forward_s=self._progress.forward_s)
         self._stages.update(peers)
 
+    @property
+    def watchers(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        """To be run after every look at the directory; one may take long without holding up the others."""
+        return [self.after_heartbeat, self._measure_link, self._see_to_plan]
+
     async def after_heartbeat(self) -> None:
-        """The directory has been read."""
+        """Take over what the directory shows."""
         self.look()
+
+    async def _measure_link(self) -> None:
+        await self._links.probe_next(self._stages.everybody)
+        self._progress.links = self._links.notes()
+
+    async def _see_to_plan(self) -> None:
+        """With the records of all live peers of the pipeline, ourselves included."""
+        records = self._directory.all_records.items()
+        at_work = {peer: r for peer, r in records if r.stage is not None and r.state == "training"}
+        total = self._trainer.total_steps
+        if not total or self._server.iteration < total:
+            await self._planning.look(at_work, self._server.iteration)
+        self._progress.plan = self._plans.number
 
     async def step(self, batches: RoundBatches | None) -> tuple[StepStats, float]:
         await self._wait_for_company()
@@ -138,7 +179,7 @@ class PipelineSteps(InnerSteps):
         finally:
             self._iteration = None
         seconds = asyncio.get_running_loop().time() - started_s
-        self._progress.iteration = self._server.iteration
+        self._tell_pace()
         if self.round_now == self._trainer.round:  # also after an iteration without a step, or several that were missed
             self._trainer.enter(self._server.iteration)
         if stats.lost or not stats.is_complete:
@@ -154,6 +195,27 @@ class PipelineSteps(InnerSteps):
         while not self._has_stopped and not (self._iterations.awaited() and self._stages.has_paths):
             await asyncio.sleep(LOOK_AGAIN_S)
             self.look()
+
+    def _choose_paths(self, iteration: int, count: int) -> list[Way]:
+        """By the plan, mended where the swarm has changed; what it does not provide for goes the greedy way."""
+        plan = self._plans.newest
+        planned = [] if plan is None else plan.paths_from(self._peer)
+        ways = []
+        for number in range(count):
+            lot = f"{self._peer}/{iteration}/{number}"
+            if number < len(planned):
+                path, stages, priority = planned[number]
+                ways.append((self._stages.mended(path, stages, lot=lot), priority))
+            else:
+                ways.append((self._stages.path(self._peer, lot=lot), number))
+        return ways
+
+    def _tell_pace(self) -> None:
+        """What the record says of our iterations and our speed."""
+        progress, pace = self._progress, self._server.pace
+        progress.iteration = self._server.iteration
+        progress.forward_s = pace.get(FORWARD, progress.forward_s)
+        progress.backward_s, progress.loss_s = pace.get(BACKWARD, 0.0), pace.get(LOSS, 0.0)
 
     def _tell_failure(self, task: Task, reason: str) -> None:
         self._events.emit(

@@ -5,6 +5,7 @@ The picture needs matplotlib, which comes with the extra `simulate`; the tables 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -12,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from node.pipeline.case import Case
+from node.pipeline.published import PlanDocument
 from node.pipeline.replay import BACKWARD, FORWARD, LOSS
 from node.pipeline.solver import Solution
 from node.quantities import count
 
-__all__ = ["draw_gantt", "render_solution"]
+__all__ = ["draw_gantt", "render_document", "render_solution"]
 
 MAX_NODES_SHOWN = 40
 _COLOURS = {FORWARD: "#4c78a8", LOSS: "#e0a030", BACKWARD: "#72b79c"}
@@ -39,6 +41,29 @@ def render_solution(case: Case, solution: Solution) -> RenderableType:
     ):
         facts.add_row(Text(label, style="dim"), value)
     return Group(Text(title, style="bold"), facts, _nodes(case, solution))
+
+
+def render_document(name: str, document: PlanDocument) -> RenderableType:
+    """A live swarm's plan: how long it expects an iteration to take, and how often it visits each peer."""
+    table = document.table()
+    visits = Counter(place for path in table for place in path)
+    title = f"{name}: {len(table)} microbatches over {document.path_length} stages, {len(document.members)} peers"
+    facts = Table.grid(padding=(0, 2))
+    for label, value in (
+        ("plan", str(document.number)),
+        ("made by", f"…{document.planner[-8:]}"),
+        ("expected iteration", f"{document.iteration_s:.2f} s"),
+    ):
+        facts.add_row(Text(label, style="dim"), value)
+    rows = Table("stage", "peer", "visits", "")
+    most = max(visits.values(), default=1)
+    places = sorted(range(len(document.members)), key=lambda place: (document.stages[place], document.members[place]))
+    for place in places[:MAX_NODES_SHOWN]:
+        bar = "█" * round(20 * visits[place] / most)
+        rows.add_row(str(document.stages[place]), f"…{document.members[place][-8:]}", str(visits[place]), bar)
+    if len(places) > MAX_NODES_SHOWN:
+        rows.caption = f"and {len(places) - MAX_NODES_SHOWN} peers more"
+    return Group(Text(title, style="bold"), facts, rows)
 
 
 def _nodes(case: Case, solution: Solution) -> Table:

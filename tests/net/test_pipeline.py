@@ -87,6 +87,10 @@ def test_processes_train_a_model_that_none_of_them_holds(tmp_path: Path) -> None
         assert agreed == [True, True], "the stage with two replicas"
         losses = [e["loss"] for peer in peers for e in peer.events if e["event"] == "step" and e["loss"] is not None]
         assert losses[-1] < losses[0] - 0.3
+        plan = bootstrap.wait_for("plan")
+        shown = swarm.command("plan", f"--peer={bootstrap.address}")
+        assert shown.returncode == 0, shown.stderr
+        assert f"…{plan['planner'][-8:]}" in shown.stdout
         done = swarm.command("export", str(tmp_path / "exported"), f"--home={bootstrap.home}")
         assert done.returncode == 0, done.stderr
         refused = swarm.command("export", str(tmp_path / "nothing"), f"--home={peers[0].home}")

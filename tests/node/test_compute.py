@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import sys
 import threading
@@ -83,3 +84,22 @@ def test_virtual_calls_take_virtual_time() -> None:
         return loop.time() - began_s
 
     assert run_virtual(story()) == pytest.approx(100.0)
+
+
+async def test_what_runs_aside_has_a_process_of_its_own_and_ends_with_its_caller() -> None:
+    compute = ThreadCompute()
+    there = await compute.run_aside(os.getpid)
+    assert there != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        await compute.run_aside(divmod, 1, 0)
+    slow = asyncio.create_task(compute.run_aside(time.sleep, 3600))
+    children = multiprocessing.active_children
+    while not children():  # noqa: ASYNC110 - a process has no event to wait for
+        await asyncio.sleep(0.01)
+    (child,) = children()
+    slow.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await slow
+    child.join(10)
+    assert not child.is_alive()
+    compute.close()

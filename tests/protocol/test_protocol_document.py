@@ -9,7 +9,9 @@ from averaging.exchange_messages import Ack, Answer, Offer, Propose, payload_has
 from averaging.pairing import priority
 from averaging.search import PROTOCOL as EXCHANGE_PROTOCOL
 from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL
+from node.pipeline.links import PROBE_PROTOCOL
 from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCOL, InputRequest, Notice, Reply, Task
+from node.pipeline.published import PLAN_PROTOCOL
 from protocol.blob_server import BLOB_PROTOCOL, BlobReply, BlobRequest
 from protocol.directory import bucket_key
 from protocol.identity import Identity
@@ -49,7 +51,7 @@ def test_vectors() -> None:
 def test_names_limits_and_fields_are_there() -> None:
     for name in (MANIFEST_PROTOCOL, STATUS_PROTOCOL, BLOB_PROTOCOL, EXCHANGE_PROTOCOL):
         assert f": `{name}`" in TEXT
-    for name in (TASK_PROTOCOL, INPUT_PROTOCOL, NOTICE_PROTOCOL):
+    for name in (TASK_PROTOCOL, INPUT_PROTOCOL, NOTICE_PROTOCOL, PROBE_PROTOCOL, PLAN_PROTOCOL):
         assert f"`{name}`" in TEXT
     for limit in (MAX_HEADER_BYTES, MAX_DOCUMENT_BYTES):
         assert f"{limit:,}" in TEXT

@@ -59,6 +59,33 @@ def test_six_peers_train_three_stages(tmp_path: Path) -> None:
         assert bool(torch.isfinite(thetas[0]).all())
 
 
+def test_a_swarm_plans_for_itself(tmp_path: Path) -> None:
+    """One of the peers makes a plan out of measured links; all follow it, and the microbatches go that way."""
+    signed, store = tiny_run(tmp_path, **STAGED, sync__total_rounds=8)
+    swarm = MemorySwarm(signed, store, tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(6):
+                tasks.create_task(swarm.live(f"peer {number}", step_s=0.1))
+
+    torch.set_num_threads(1)
+    run_virtual(story())
+    by_number: dict[int, set[str]] = {}
+    for name in swarm.events:
+        assert not swarm.named(name, "plan_refused")
+        for told in swarm.named(name, "plan"):
+            by_number.setdefault(told["number"], set()).add(told["planner"])
+    assert set(by_number) >= {1, 2}
+    assert all(len(planners) == 1 for planners in by_number.values()), by_number
+    followers = [name for name in swarm.events if swarm.named(name, "plan")]
+    assert len(followers) == 6
+    for peer in swarm.peers.values():
+        notes = {note.peer: note for note in peer.progress.links}
+        assert len(notes) >= 3
+        assert all(0.009 < note.latency_s < 0.02 for note in notes.values()), "the network has 10 ms each way"
+
+
 def test_memory_decides_what_a_peer_may_take(tmp_path: Path) -> None:
     large = {"model__num_layers": 8, "model__hidden_size": 64, "model__intermediate_size": 128}
     signed, store = tiny_run(tmp_path, **STAGED | large | {"pipeline__slots": 2})

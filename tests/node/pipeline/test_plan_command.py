@@ -76,3 +76,10 @@ def test_wrong_options_get_one_line_before_any_search(tmp_path: Path) -> None:
         assert "folder.svg: Is a directory; choose another file" in str(result.exception)
     missing = CliRunner().invoke(app, ["plan", str(tmp_path / "none.json")])
     assert "No such file" in str(missing.exception)
+
+
+def test_what_to_plan_must_be_said_once(tmp_path: Path) -> None:
+    for arguments in (["plan"], ["plan", str(tmp_path / "case.json"), "--peer", "/ip4/127.0.0.1/tcp/1"]):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, UserError)
+        assert "give a case file to plan, or --peer" in str(result.exception)

@@ -1,0 +1,104 @@
+"""Planning in a live swarm, without a coordinator.
+
+In every stretch of `PLAN_ITERATIONS` iterations there is a new plan, followed as soon as it is there. The peer whose turn it is
+comes out of a hash that nobody can choose; if nothing is heard of its plan, the next two in line make one, some iterations
+later. It plans what the signed records tell (node/pipeline/live_case.py), signs, and names the plan's number in its own record;
+others fetch it from anybody who holds it (node/pipeline/plan_book.py) and check everything (node/pipeline/published.py). No plan
+is needed: without one peers route greedily, and where a plan does not fit the swarm any more, the greedy rule mends the path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+
+from node.compute import Compute
+from node.pipeline.case import Case
+from node.pipeline.live_case import live_case
+from node.pipeline.plan import Plan
+from node.pipeline.plan_book import PlanBook
+from node.pipeline.published import (
+    DISPATCH,
+    MAX_MEMBERS,
+    PLAN_ITERATIONS,
+    PlanDocument,
+    SignedPlan,
+    plan_number,
+    planners,
+)
+from node.pipeline.replay import replay
+from node.pipeline.solver import replan
+from protocol.errors import UserError
+from protocol.identity import Identity
+from protocol.ids import PeerId
+from protocol.manifest import Manifest
+from protocol.records import PeerRecord
+
+__all__ = ["Planning", "search"]
+
+SEARCH_S = 4.0
+MAX_EVALUATIONS, MAX_TASKS = 20_000, 20_000_000
+"""Iterations, and tasks of them, that are simulated in one search; bounds of it where the clock is not one."""
+
+
+class Planning:
+    """One stage peer's turns as planner.
+
+    Args:
+        manifest: of the run.
+        book: where plans are kept.
+        payload_bytes: of a microbatch's activations.
+        compute: its `run_aside` searches.
+    """
+
+    def __init__(
+        self, manifest: Manifest, *, book: PlanBook, payload_bytes: int, identity: Identity, compute: Compute
+    ) -> None:
+        self._run, self._spec, self._payload_bytes = manifest.run_id, manifest.pipeline, payload_bytes
+        self._book, self._identity, self._own, self._compute = book, identity, identity.peer_id, compute
+
+    async def look(self, records: Mapping[PeerId, PeerRecord], iteration: int) -> None:
+        """Fetch a newer plan, or make one if that is our turn.
+
+        Args:
+            records: of all live stage peers, our own included.
+            iteration: the present one.
+        """
+        number = plan_number(iteration)
+        await self._book.fetch(records, at_most=number)
+        elected = planners(records, run=self._run, number=number)
+        if self._book.number >= number or self._own not in elected:
+            return
+        turn = elected.index(self._own) + 1  # not at once: the last plan's iterations tell how long things take
+        if iteration % PLAN_ITERATIONS >= turn * PLAN_ITERATIONS // (len(elected) + 1):
+            await self._make(records, number)
+
+    async def _make(self, records: Mapping[PeerId, PeerRecord], number: int) -> None:
+        problem = live_case(records, spec=self._spec, payload_bytes=self._payload_bytes)
+        if problem is None or len(problem[1]) > MAX_MEMBERS:
+            return
+        case, members = problem
+        newest = self._book.newest
+        incumbent = None if newest is None else newest.restricted(members, case)
+        tasks = 2 * case.path_length * len(members) * self._spec.microbatches
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        try:
+            plan, iteration_s = await self._compute.run_aside(
+                search, case, incumbent, seed=number, max_evaluations=min(MAX_EVALUATIONS, max(64, MAX_TASKS // tasks))
+            )
+        except (UserError, TimeoutError):
+            return  # there is no plan, or none in time: the greedy rule does
+        if iteration_s == math.inf or number <= self._book.number:
+            return
+        document = PlanDocument.of(
+            plan, members=members, run=self._run, number=number, planner=self._own, iteration_s=iteration_s
+        )
+        self._book.take(SignedPlan.sign(document, self._identity), search_s=round(loop.time() - started_s, 2))
+
+
+def search(case: Case, incumbent: Plan | None, *, seed: int, max_evaluations: int) -> tuple[Plan, float]:
+    """A plan and its simulated iteration; picklable, for a process of its own."""
+    plan = replan(case, incumbent, dispatch=DISPATCH, seed=seed, seconds=SEARCH_S, max_evaluations=max_evaluations)
+    return plan, replay(case, plan)[0]
