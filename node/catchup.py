@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from model.errors import CheckpointError
@@ -215,9 +215,17 @@ class Start:
 
 
 async def find_start(
-    trainer: TrainingState, *, fetcher: StateFetcher, checkpoints: Checkpoints, events: EventLog
+    trainer: TrainingState,
+    *,
+    fetcher: StateFetcher,
+    checkpoints: Checkpoints,
+    events: EventLog,
+    rebuild: Callable[[], Awaitable[bool]] | None = None,
 ) -> Start:
     """Put own checkpoint, the swarm's state, or the initial weights into the trainer.
+
+    Args:
+        rebuild: tried before the initial weights, when nobody holds what we are to train: whether it gave a state.
 
     Raises:
         UserError: the checkpoints here are damaged, or of another run.
@@ -237,6 +245,8 @@ async def find_start(
     if saved is not None:  # old, but better than nothing
         return await _resume(trainer, saved, checkpoints=checkpoints, events=events)
     swarm = fetcher.swarm_round()
+    if swarm is None and rebuild is not None and await rebuild():
+        return Start()
     if swarm is not None:
         trainer.round = swarm
         events.emit("initial_state", round=swarm)

@@ -163,6 +163,20 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
         "detail",
         lambda f: f"…{f['peer'][-8:]} did not take microbatch {f['microbatch']} ({f['kind']}): {f['reason']}",
     ),
+    "plan": (
+        "detail",
+        lambda f: f"Follows plan {f['number']} by …{f['planner'][-8:]}; it expects {f['iteration_s']:.2f} s per iteration",
+    ),
+    "plan_refused": ("detail", "Does not follow plan {number}: {reason}"),
+    "moving": ("info", "Moves from stage {stage} to stage {to}, which needs it more"),
+    "stage_rebuilt": (
+        "info",
+        lambda f: (
+            f"Stage {f['stage']} had no peer left; goes on from "
+            f"{'the mean of its neighbours' if f['source'] == 'neighbours' else 'a copy'} of round {f['round']}"
+        ),
+    ),
+    "stage_lost": ("warning", "Nobody keeps a state of stage {stage}; it begins anew in round {round}"),
     "handing_over": ("info", "The run is over; stays {seconds:.0f} s, so that others can fetch stage {stage}"),
     "stage_archived": ("detail", "Keeps the state of stage {stage} after round {round}"),
     "round_skipped": ("detail", "Skips from round {own} to {swarm}, where the swarm is"),

@@ -67,6 +67,8 @@ class Role:
         self._manifest, self._identity, self._service, self._progress = manifest, identity, service, progress
         self._checkpoints = None if folder is None else folder / "checkpoints"
         self.stage: int | None = None
+        self.fitting: list[int] = []
+        """Stages that fit into this machine's memory."""
 
     async def take(self, *, memory_bytes: float) -> None:
         """Choose, and tell the swarm.
@@ -81,25 +83,30 @@ class Role:
         if num_stages == 1:
             return
         needed = [memory_needed(self._manifest, stage) for stage in range(num_stages)]
-        fitting = [stage for stage, each in enumerate(needed) if each * MEMORY_MARGIN <= memory_bytes]
-        if not fitting:
+        self.fitting = [stage for stage, each in enumerate(needed) if each * MEMORY_MARGIN <= memory_bytes]
+        if not self.fitting:
             raise UserError(
                 f"a stage of {self._manifest.name} needs about {min(needed) / 2**30:.1f} GiB of memory and "
                 f"{memory_bytes / 2**30:.1f} GiB are free; close other programs or join from a larger machine"
             )
 
-        async def announce(stage: int) -> None:
-            self._progress.stage = stage
-            await self._service.beat()
-
         kept = self._kept()
-        if kept in fitting:
+        if kept in self.fitting:
             self.stage = kept
-            await announce(kept)
+            await self._announce(kept)
         else:
-            self.stage = await choose_stage(
-                self._service.directory, stages=fitting, peer=self._identity.peer_id, announce=announce
-            )
+            directory, peer = self._service.directory, self._identity.peer_id
+            self.stage = await choose_stage(directory, stages=self.fitting, peer=peer, announce=self._announce)
+
+    async def move(self, stage: int) -> None:
+        """Take another stage."""
+        self.stage = stage
+        await self._announce(stage)
+
+    async def _announce(self, stage: int) -> None:
+        self._progress.stage = stage
+        self._progress.snapshots = []
+        await self._service.beat()
 
     @property
     def view(self) -> StageView:
@@ -131,8 +138,6 @@ class Role:
                 progress=self._progress,
                 events=events,
             )
-            for watcher in steps.watchers:
-                self._service.on_heartbeat(watcher)
             steps.enter()
             return steps
         assert isinstance(trainer, Trainer)

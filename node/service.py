@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ from protocol.publication import SignedManifest, publish_manifest
 from protocol.records import PeerRecord
 from protocol.transport import Transport
 
-__all__ = ["HEARTBEAT_S", "Service"]
+__all__ = ["HEARTBEAT_S", "Service", "Watcher"]
+
+Watcher = Callable[[], Coroutine[Any, Any, None]]
+"""Something to be done after every look at the directory."""
 
 HEARTBEAT_S = 3.0
 """Seconds between two records of a node, and between two looks at the directory."""
@@ -70,7 +73,7 @@ class Service:
         self.directory = Directory(dht=transport.dht, identity=identity, run=signed.manifest.run_id)
         self._history = self._open_history()
         self._collector = Collector(self.directory, self._history)
-        self._watchers: dict[Callable[[], Coroutine[Any, Any, None]], asyncio.Task[None] | None] = {}
+        self._watchers: dict[Watcher, asyncio.Task[None] | None] = {}
         self._status: dict[str, Any] | None = None
         self._closed = False
         self._cached: list[str] = []
@@ -78,10 +81,24 @@ class Service:
         self._contact = Contact(events)
         self._beating = asyncio.Lock()
 
-    def on_heartbeat(self, watcher: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def on_heartbeat(self, watcher: Watcher) -> None:
         """Run `watcher` after every look at the directory, but never twice at once. It may take as long as it likes: the
         heart goes on beating, and the node stays in the directory."""
         self._watchers[watcher] = None
+
+    @contextlib.contextmanager
+    def watching(self, watchers: Iterable[Watcher]) -> Iterator[None]:
+        """The same for as long as the block lasts."""
+        added = list(watchers)
+        for watcher in added:
+            self.on_heartbeat(watcher)
+        try:
+            yield
+        finally:
+            for watcher in added:
+                task = self._watchers.pop(watcher)
+                if task is not None:
+                    task.cancel()
 
     def status(self) -> dict[str, Any]:
         """The status document, as shown by the page and the status stream."""
@@ -162,7 +179,7 @@ class Service:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             await self.beat()
-            for watcher, task in self._watchers.items():
+            for watcher, task in list(self._watchers.items()):
                 if task is None or task.done():
                     self._watchers[watcher] = tasks.create_task(watcher())
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from model.durable import write_durably
@@ -31,38 +33,66 @@ from protocol.errors import LlmNodeError, UserError
 from protocol.ids import BlobId, PeerId
 from protocol.manifest import Manifest
 from protocol.records import SnapshotRef
-from protocol.transport import Transport
+from protocol.transport import Stream, Transport
+from protocol.wire import Message, read_message, write_message
 
-__all__ = ["StageArchive", "assemble"]
+__all__ = ["STATE_PROTOCOL", "StageArchive", "StateReply", "StateRequest", "assemble", "decode_stage"]
 
 FILE = "stages.json"
+STATE_PROTOCOL = "/llm-node/stage-state/1"
+REQUEST_TIMEOUT_S = 10.0
+
+
+class StateRequest(Message):
+    """Asks what the receiver keeps of a stage."""
+
+    run: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    stage: Annotated[int, Field(ge=0, lt=64)]
+
+
+class StateReply(Message):
+    """The snapshot that is kept, or nothing."""
+
+    kept: SnapshotRef | None
 
 
 class StageArchive:
-    """Keeps one snapshot per stage.
+    """Keeps one snapshot of each of some stages, and tells whoever asks which.
 
     Args:
-        folder: of the run; what is kept is listed there.
+        stages: to keep; all of them, unless said otherwise.
+        folder: of the run; what is kept is listed there. None lists it nowhere.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         *,
+        stages: Sequence[int] | None = None,
         directory: SwarmView,
         transport: Transport,
         store: BlobStore,
-        folder: Path,
+        folder: Path | None,
         events: EventLog,
     ) -> None:
         self._manifest, self._directory, self._transport = manifest, directory, transport
-        self._store, self._file, self._events = store, folder / FILE, events
-        self._held = _read(self._file)
+        self._stages = range(manifest.pipeline.stages) if stages is None else stages
+        self._store, self._events = store, events
+        self._file = None if folder is None else folder / FILE
+        self._held = {} if self._file is None else _read(self._file)
         self._refused: set[SnapshotRef] = set()
+        transport.handle(STATE_PROTOCOL, self.serve)
+
+    async def serve(self, stream: Stream) -> None:
+        """Say what is kept of a stage."""
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            request = await read_message(stream, StateRequest)
+        ref = self._held.get(request.stage) if request.run == self._manifest.run_id else None
+        await write_message(stream, StateReply(kept=ref))
 
     async def look(self) -> None:
         """Take what is newer than what is here."""
-        for stage in range(self._manifest.pipeline.stages):
+        for stage in self._stages:
             records = self._directory.peers
             replicas = {peer: r for peer, r in records.items() if r.stage == stage and r.state == "training"}
             held = self._held.get(stage)
@@ -76,7 +106,7 @@ class StageArchive:
         blob, limit = BlobId(ref.root), max_snapshot_bytes(self._manifest.model.num_parameters)
         try:
             await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
-            await asyncio.to_thread(lambda: _decode(self._manifest, stage, self._store.read(blob)))
+            await asyncio.to_thread(lambda: decode_stage(self._manifest, stage, self._store.read(blob)))
         except CheckpointError as error:
             self._refused.add(ref)
             self._drop(ref)
@@ -86,15 +116,20 @@ class StageArchive:
             return False  # unreachable just now
         old = self._held.get(stage)
         self._held[stage] = ref
+        self._list()
+        if old is not None and old.root != ref.root:
+            self._drop(old)
+        self._events.emit("stage_archived", stage=stage, round=ref.round, root=ref.root[:12])
+        return True
+
+    def _list(self) -> None:
+        if self._file is None:
+            return
         try:
             text = json.dumps({str(number): each.model_dump() for number, each in sorted(self._held.items())})
             write_durably(self._file, [text.encode()])
         except OSError as error:
             self._events.emit("disk_error", path=str(self._file), reason=error.strerror or type(error).__name__)
-        if old is not None and old.root != ref.root:
-            self._drop(old)
-        self._events.emit("stage_archived", stage=stage, round=ref.round, root=ref.root[:12])
-        return True
 
     def _drop(self, ref: SnapshotRef) -> None:
         with contextlib.suppress(UserError):
@@ -123,7 +158,7 @@ def assemble(manifest: Manifest, folder: Path, store: BlobStore) -> tuple[dict[s
     weights: dict[str, Tensor] = {}
     for stage, ref in held.items():
         try:
-            weights |= _decode(manifest, stage, store.read(BlobId(ref.root)))
+            weights |= decode_stage(manifest, stage, store.read(BlobId(ref.root)))
         except CheckpointError as error:
             raise UserError(
                 f"the state of stage {stage} is damaged ({error}); let the bootstrap node fetch it again"
@@ -131,7 +166,12 @@ def assemble(manifest: Manifest, folder: Path, store: BlobStore) -> tuple[dict[s
     return weights, min(ref.round for ref in held.values())
 
 
-def _decode(manifest: Manifest, stage: int, data: bytes) -> dict[str, Tensor]:
+def decode_stage(manifest: Manifest, stage: int, data: bytes) -> dict[str, Tensor]:
+    """The weights in a stage's snapshot.
+
+    Raises:
+        CheckpointError: other names, shapes or types, or values that are not finite.
+    """
     with torch.device("meta"):
         shapes = Stage(model_config(manifest), stage, manifest.pipeline.stages)
     return decode_weights(data, {name: tuple(p.shape) for name, p in shapes.named_parameters()})

@@ -234,3 +234,12 @@ class PipelineSteps(InnerSteps):
         self._has_stopped = True
         if self._iteration is not None:
             self._iteration.cancel()
+
+    async def end_of_iteration(self) -> None:
+        """Until no iteration is under way."""
+        if self._iteration is not None:
+            await asyncio.wait([self._iteration])
+
+    def close(self) -> None:
+        """Take nothing more in: our stage is in other hands from now on."""
+        self._server.close_iteration()

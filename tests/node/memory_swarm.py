@@ -66,6 +66,11 @@ class MemorySwarm:
         while not any(fields.items() <= told.items() for told in self.named(name, event)):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
+    async def reached(self, round: int) -> None:
+        """Wait until all peers are in that round or a later one."""
+        while min(peer.progress.round for peer in self.peers.values()) < round:  # noqa: ASYNC110 - see `until`
+            await asyncio.sleep(1.0)
+
     def named(self, name: str, event: str) -> list[dict[str, Any]]:
         """The fields of all events of one kind that a peer told of."""
         return [fields for kind, fields in self.events.get(name, []) if kind == event]

@@ -162,7 +162,9 @@ def test_who_dies_in_a_round_costs_a_part_and_the_others_come_together_again(tmp
 
 def has_formed(swarm: MemorySwarm, name: str) -> bool:
     """Whether a peer is in the middle of a group round."""
-    loop = swarm.peers[name]._loop
+    membership = swarm.peers[name]._membership
+    assert membership is not None
+    loop = membership._loop
     assert loop is not None
     assert isinstance(loop._averaging, GroupRounds)
     round = loop._averaging._group._round

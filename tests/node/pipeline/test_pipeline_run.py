@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,63 @@ def test_a_swarm_plans_for_itself(tmp_path: Path) -> None:
         notes = {note.peer: note for note in peer.progress.links}
         assert len(notes) >= 3
         assert all(0.009 < note.latency_s < 0.02 for note in notes.values()), "the network has 10 ms each way"
+
+
+@pytest.mark.parametrize("source", ["snapshot", "neighbours"])
+def test_a_stage_that_lost_all_its_peers_is_rebuilt(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both peers of stage 1 die. Another one takes the stage over, from a copy or from its neighbours, and training goes on."""
+    if source == "neighbours":
+        monkeypatch.setattr("node.pipeline.archive.StageArchive.look", _keep_nothing)
+    signed, store = tiny_run(tmp_path, **STAGED, sync__total_rounds=0)
+    swarm = MemorySwarm(signed, store, tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            lives = {
+                f"peer {number}": tasks.create_task(
+                    swarm.live(f"peer {number}", step_s=0.3, own_store=number > 0)  # the first has the data
+                )
+                for number in range(6)
+            }
+            for name in lives:
+                await swarm.until(name, "training")
+            await swarm.reached(5)
+            for name, peer in list(swarm.peers.items()):
+                if peer.progress.stage == 1:
+                    swarm.network.crash(peer.progress.peer)
+                    lives.pop(name).cancel()
+                    del swarm.peers[name]
+            assert len(lives) == 4
+            await asyncio.wait(
+                [tasks.create_task(swarm.until(name, "stage_rebuilt")) for name in lives],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            marks.update({name: len(swarm.named(name, "step")) for name in lives})
+            await swarm.reached(max(peer.progress.round for peer in swarm.peers.values()) + 3)
+            raise _TheEndError
+
+    marks: dict[str, int] = {}
+    torch.set_num_threads(1)
+    with contextlib.suppress(ExceptionGroup):  # peers that were given up end in errors of their own
+        run_virtual(story())
+    assert marks
+    (rebuilt,) = [told for name in marks for told in swarm.named(name, "stage_rebuilt")]
+    assert (rebuilt["stage"], rebuilt["source"]) == (1, source)
+    assert sorted(peer.progress.stage or 0 for peer in swarm.peers.values()) in ([0, 0, 1, 2], [0, 1, 2, 2])
+    told = {name: [each["loss"] for each in swarm.named(name, "step")] for name in marks}
+    first = [loss for losses in told.values() for loss in losses[:5] if loss is not None]
+    after = [loss for name, losses in told.items() for loss in losses[marks[name] :] if loss is not None]
+    assert sum(after[-10:]) / 10 < sum(first) / len(first) - 0.3, "what was learnt is kept"
+
+
+class _TheEndError(Exception):
+    """Ends the run of a swarm that would go on for ever."""
+
+
+async def _keep_nothing(self: object) -> None:
+    pass
 
 
 def test_memory_decides_what_a_peer_may_take(tmp_path: Path) -> None:

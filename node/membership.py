@@ -1,0 +1,308 @@
+"""A peer at work in one role: a whole replica, or one stage of a pipeline, from its first state to its last.
+
+State is fetched while the machine is measured; then rounds (node/rounds.py) until the run ends, the owner stops the peer, or, in
+a pipeline, another stage needs it more; at the run's end the peers average until they hold one model (node/consolidation.py).
+After every round a checkpoint goes to disk in the background, and a peer whose weights have strayed from everybody's takes the
+swarm's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from pathlib import Path
+
+import psutil
+import torch
+
+from model.data import Tokens
+from node.averaging_round import averagers_of
+from node.bench import choose_sequences, choose_threads, most_sequences
+from node.catchup import StateFetcher, find_start
+from node.checkpoints import Checkpoints
+from node.compute import Compute
+from node.consolidation import Consolidated, Consolidator
+from node.dataset import BatchSource
+from node.options import PeerOptions
+from node.pipeline.archive import StageArchive
+from node.pipeline.balance import Balance
+from node.pipeline.rebuild import StageRebuilder
+from node.pipeline.steps import PipelineSteps
+from node.pipeline.trainer import StageTrainer
+from node.progress import Progress
+from node.role import Role
+from node.rounds import RoundLoop, RoundSettings
+from node.service import Service, Watcher
+from node.snapshots import SnapshotKeeper
+from node.trainer import Trainer
+from node.training_state import TrainingState
+from protocol.identity import Identity
+from protocol.ids import PeerId
+from protocol.manifest import Manifest
+from protocol.records import PeerRecord, SnapshotRef
+
+__all__ = ["Membership"]
+
+HANDOVER_S = 12.0
+"""A few heartbeats: one for the record, one for the copies and their votes, one for the archive."""
+
+
+class Membership:
+    """One stretch of work in one role; `run` once.
+
+    Args:
+        role: which; it has been taken.
+        folder: of the run in this home; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        role: Role,
+        service: Service,
+        identity: Identity,
+        compute: Compute,
+        progress: Progress,
+        options: PeerOptions,
+        folder: Path | None,
+    ) -> None:
+        self.manifest = manifest
+        self._role, self._service, self._identity, self._compute = role, service, identity, compute
+        self._transport, self._store, self._events = service.transport, service.store, service.events
+        self._progress, self._options, self._folder = progress, options, folder
+        self._checkpoints = Checkpoints(role.checkpoints, compute=compute, events=self._events)
+        self.trainer: TrainingState | None = None
+        self.consolidated: Consolidated | None = None
+        self.next_stage: int | None = None
+        """The stage to go to, when this ended because another one needs us more."""
+        self._loop: RoundLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._fetcher: StateFetcher | None = None
+        self._keeper: SnapshotKeeper | None = None
+        self._balance = Balance(manifest, peer=identity.peer_id, stage=role.stage or 0, fitting=role.fitting)
+        self._has_stopped = False
+        self._most = 0
+
+    def stop(self) -> None:
+        """Leave after the step in progress."""
+        self._has_stopped = True
+        if self._loop is not None:
+            self._loop.stop()
+        if self._ending is not None:
+            self._ending.cancel()
+
+    async def run(self, source: BatchSource, heldout: Tokens) -> None:
+        """Work until the run ends or `stop`, or until `next_stage` is set.
+
+        Raises:
+            UserError: something the owner must mend (damaged checkpoint, wrong manifest).
+            TransportError: the swarm cannot supply what is needed to start.
+        """
+        trainer = await self._compute.run(self._role.trainer, heldout, device=self._options.device)
+        self.trainer = trainer
+        async with asyncio.TaskGroup() as tasks:
+            measured = tasks.create_task(self._measure(trainer))
+            cursor = await self._starting_state(trainer)
+        sequences = measured.result()
+        loss = await self._compute.run(trainer.evaluate)
+        if loss is not None:
+            self._progress.count_validation(loss, trainer.round)
+            self._events.emit("validation", round=trainer.round, loss=round(loss, 4))
+        await self._train(trainer, source, sequences, cursor)
+
+    async def _measure(self, trainer: TrainingState) -> int:
+        if self._options.threads:
+            await self._compute.run(torch.set_num_threads, self._options.threads)
+        if isinstance(trainer, StageTrainer):
+            self._progress.forward_s = await self._compute.run(trainer.measure_forward)
+            return self.manifest.pipeline.microbatch_sequences
+        if self._options.sequences:
+            return self._options.sequences
+        assert isinstance(trainer, Trainer)
+        threads = self._options.threads or await self._compute.run(choose_threads, trainer)
+        self._most = most_sequences(self.manifest, free_bytes=psutil.virtual_memory().available)
+        sequences = await self._compute.run(choose_sequences, trainer, most=self._most)
+        self._events.emit("measured", sequences_per_step=sequences, threads=threads)
+        return sequences
+
+    async def _starting_state(self, trainer: TrainingState) -> int | None:
+        """Find it, and return the data cursor to resume from, if any."""
+        self._fetcher = StateFetcher(
+            trainer=trainer,
+            compute=self._compute,
+            store=self._store,
+            transport=self._transport,
+            directory=self._role.view,
+            events=self._events,
+        )
+        self._keeper = SnapshotKeeper(
+            run=self.manifest.run_id,
+            peer=self._identity.peer_id,
+            every_rounds=self.manifest.sync.snapshot_rounds,
+            trainer=trainer,
+            compute=self._compute,
+            store=self._store,
+            transport=self._transport,
+            events=self._events,
+            publish=self._show_snapshots,
+            own_loss=self._progress.val_loss_after,
+        )
+        rebuild = self._rebuilder(trainer).rebuild if isinstance(trainer, StageTrainer) else None
+        start = await find_start(
+            trainer, fetcher=self._fetcher, checkpoints=self._checkpoints, events=self._events, rebuild=rebuild
+        )
+        if start.adopted is not None:
+            self._keeper.adopt(start.adopted)
+        return start.cursor
+
+    def _show_snapshots(self, held: list[SnapshotRef]) -> None:
+        self._progress.snapshots = held
+
+    # ---- training
+
+    async def _train(self, trainer: TrainingState, source: BatchSource, sequences: int, cursor: int | None) -> None:
+        averager, group = averagers_of(trainer, transport=self._transport, identity=self._identity)
+        settings = RoundSettings(
+            sequences=sequences,
+            adapt=not self._options.sequences and self._role.stage is None,
+            most=self._most,
+            max_rounds=self._options.max_rounds,
+        )
+        steps = self._role.steps(trainer, compute=self._compute, events=self._events)
+        watchers: list[Watcher] = [self._keep_copies]
+        if isinstance(steps, PipelineSteps):
+            watchers += [*steps.watchers, self._archive().look, functools.partial(self._mind_the_balance, steps)]
+        with self._checkpoints.writing(), self._service.watching(watchers):
+            self._loop = loop = RoundLoop(
+                self.manifest,
+                trainer=trainer,
+                steps=steps,
+                compute=self._compute,
+                source=source,
+                averager=averager,
+                group=group,
+                directory=self._role.view,
+                progress=self._progress,
+                events=self._events,
+                settings=settings,
+                after_round=self._after_round,
+                announce=self._service.beat,
+            )
+            loop.resume_cursor(cursor)
+            if self._has_stopped:
+                loop.stop()
+            self._progress.state = "training"
+            self._events.emit("training", round=trainer.round, step=trainer.step_in_round, sequences=sequences)
+            try:
+                async with averager, group or contextlib.nullcontext():
+                    await self._service.beat()  # others may choose this peer from now on
+                    await loop.run()
+                if self.next_stage is None:
+                    await self._consolidate(trainer)
+            finally:
+                self._progress.state = "leaving" if self.next_stage is None else "joining"
+                if isinstance(steps, PipelineSteps):
+                    steps.close()
+                await self._save(final=True)
+
+    async def _after_round(self, round: int) -> None:
+        assert self._keeper is not None
+        if self.trainer is not None and self.trainer.replica.admission.is_astray:
+            await self._return_to_the_swarm(round)
+        await self._keeper.after_round(round, self._other_trainers())
+        await self._save(final=False)
+
+    async def _return_to_the_swarm(self, round: int) -> None:
+        assert self._fetcher is not None
+        assert self._keeper is not None
+        self._events.emit("astray", round=round)
+        adopted = await self._fetcher.refetch()
+        if adopted is not None:
+            self._keeper.adopt(adopted)
+
+    async def _consolidate(self, trainer: TrainingState) -> None:
+        """At the end of the run: come to one model with the others."""
+        consolidator = Consolidator(
+            trainer,
+            compute=self._compute,
+            transport=self._transport,
+            identity=self._identity,
+            directory=self._role.view,
+            progress=self._progress,
+            events=self._events,
+            announce=self._service.beat,
+        )
+        if self._has_stopped:
+            return
+        self._ending = asyncio.ensure_future(self._end_run(consolidator))
+        try:
+            await self._ending
+        except asyncio.CancelledError:
+            if not self._has_stopped:
+                raise  # else the owner leaves, and what was averaged so far is a model, too
+
+    async def _end_run(self, consolidator: Consolidator) -> None:
+        if consolidator.is_due:
+            self.consolidated = await consolidator.run()
+        total = self.manifest.sync.total_rounds
+        if self._role.stage is not None and total and self._progress.round >= total:
+            await self._hand_over()
+
+    async def _hand_over(self) -> None:
+        """Publish the stage's final state, and stay until others have had the time to fetch it: nobody else holds it."""
+        assert self._keeper is not None
+        self._events.emit("handing_over", stage=self._role.stage, seconds=HANDOVER_S)
+        await self._keeper.publish_in_turn(self.manifest.sync.total_rounds, self._other_trainers())
+        await self._service.beat()
+        await asyncio.sleep(HANDOVER_S)
+
+    async def _keep_copies(self) -> None:
+        assert self._keeper is not None
+        await self._keeper.keep_copies(self._other_trainers())
+
+    def _other_trainers(self) -> dict[PeerId, PeerRecord]:
+        records = self._role.view.peers
+        return {p: r for p, r in records.items() if r.role == "trainer" and r.state == "training"}
+
+    async def _save(self, *, final: bool) -> None:
+        assert self.trainer is not None
+        batches = self._loop.batches if self._loop is not None else None
+        await self._checkpoints.save(self.trainer, batches, final=final)
+
+    # ---- a pipeline's stages
+
+    def _archive(self) -> StageArchive:
+        """Copies of the next stage's state, should that lose all its replicas."""
+        assert self._role.stage is not None
+        return StageArchive(
+            self.manifest,
+            stages=[(self._role.stage + 1) % self.manifest.pipeline.stages],
+            directory=self._service.directory,
+            transport=self._transport,
+            store=self._store,
+            folder=self._folder,
+            events=self._events,
+        )
+
+    def _rebuilder(self, trainer: StageTrainer) -> StageRebuilder:
+        return StageRebuilder(
+            trainer,
+            directory=self._service.directory,
+            transport=self._transport,
+            store=self._store,
+            compute=self._compute,
+            events=self._events,
+        )
+
+    async def _mind_the_balance(self, steps: PipelineSteps) -> None:
+        """Go where another stage needs us more, once the present iteration is over."""
+        target = self._balance.look(self._service.directory.all_records, iteration=self._progress.iteration)
+        if target is None or self.next_stage is not None or self._has_stopped or self._ending is not None:
+            return
+        self._events.emit("moving", stage=self._role.stage, to=target)
+        await steps.end_of_iteration()
+        self.next_stage = target
+        if self._loop is not None:
+            self._loop.stop()

@@ -1,0 +1,147 @@
+"""The state of a stage that has lost all its replicas.
+
+1. Its newest snapshot that anybody keeps: the bootstrap node keeps one of every stage, and every stage peer one of the stage after
+   its own (node/pipeline/archive.py).
+2. Else the mean of the layers of the two stages around it. A layer adds to the residual stream, and neighbours have learnt
+   similar things, so this is far better than starting anew (CheckFree, arXiv 2506.15461; weighted evenly here). Embedding and head
+   have no neighbours.
+3. Else the initial weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.errors import CheckpointError
+from model.stage import stage_layers
+from node.catchup import choose_snapshots
+from node.compute import Compute
+from node.events import EventLog
+from node.pipeline.archive import STATE_PROTOCOL, StateReply, StateRequest, decode_stage
+from node.pipeline.trainer import StageTrainer
+from node.snapshots import max_snapshot_bytes
+from protocol.blob_exchange import fetch_blob
+from protocol.blobs import BlobStore
+from protocol.directory import Directory
+from protocol.errors import LlmNodeError
+from protocol.ids import BlobId, PeerId
+from protocol.records import SnapshotRef
+from protocol.transport import Transport
+from protocol.wire import read_message, write_message
+
+__all__ = ["StageRebuilder", "mean_of_neighbours"]
+
+ASK_TIMEOUT_S = 10.0
+MAX_ASKED = 32
+
+
+class StageRebuilder:
+    """Finds a state for the stage of `trainer` when nobody holds it."""
+
+    def __init__(
+        self,
+        trainer: StageTrainer,
+        *,
+        directory: Directory,
+        transport: Transport,
+        store: BlobStore,
+        compute: Compute,
+        events: EventLog,
+    ) -> None:
+        self._trainer, self._manifest = trainer, trainer.manifest
+        self._directory, self._transport, self._store = directory, transport, store
+        self._compute, self._events = compute, events
+
+    async def rebuild(self) -> bool:
+        """Put a state into the trainer, at the round of the other stages; False if the swarm is new or nothing is left."""
+        rounds = [r.round for r in self._directory.peers.values() if r.stage is not None and r.state == "training"]
+        swarm = statistics.median_low(rounds) if rounds else 0
+        if swarm == 0:
+            return False
+        stage = self._trainer.stage
+        for ref, donors in await self._kept():
+            weights = await self._fetch(ref, stage, donors)
+            if weights is not None:
+                await self._adopt(weights, swarm, source="snapshot", of_round=ref.round)
+                return True
+        around = [neighbour for neighbour in (stage - 1, stage + 1) if 0 <= neighbour < self._manifest.pipeline.stages]
+        found = [weights for neighbour in around if (weights := await self._newest_of(neighbour)) is not None]
+        if not found:
+            self._events.emit("stage_lost", stage=stage, round=swarm)
+            return False
+        layers = stage_layers(self._manifest.model.num_layers, self._manifest.pipeline.stages)[stage]
+        own = {name: tensor.clone() for name, tensor in self._trainer.flat.views(self._trainer.replica.phi).items()}
+        await self._adopt(mean_of_neighbours(own, found, layers), swarm, source="neighbours", of_round=swarm)
+        return True
+
+    async def _adopt(self, weights: dict[str, Tensor], swarm: int, *, source: str, of_round: int) -> None:
+        await self._compute.run(self._trainer.adopt, weights, swarm)
+        self._events.emit("stage_rebuilt", stage=self._trainer.stage, round=of_round, source=source)
+
+    async def _kept(self) -> list[tuple[SnapshotRef, list[PeerId]]]:
+        """Snapshots of our stage that others keep: those that most keep first, then the newest."""
+        records = self._directory.peers
+        asked = sorted(records, key=lambda peer: records[peer].role != "bootstrap")[:MAX_ASKED]
+        holders: dict[SnapshotRef, list[PeerId]] = {}
+        for peer, ref in zip(asked, await asyncio.gather(*map(self._ask, asked)), strict=True):
+            if ref is not None:
+                holders.setdefault(ref, []).append(peer)
+        return sorted(holders.items(), key=lambda item: (-len(item[1]), -item[0].round))
+
+    async def _ask(self, peer: PeerId) -> SnapshotRef | None:
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                async with await self._transport.open(peer, STATE_PROTOCOL) as stream:
+                    await write_message(stream, StateRequest(run=self._manifest.run_id, stage=self._trainer.stage))
+                    return (await read_message(stream, StateReply)).kept
+        except (LlmNodeError, TimeoutError):
+            return None
+
+    async def _newest_of(self, stage: int) -> dict[str, Tensor] | None:
+        records = self._directory.peers
+        replicas = {peer: r for peer, r in records.items() if r.stage == stage and r.state == "training"}
+        for candidate in choose_snapshots(replicas):
+            weights = await self._fetch(candidate.ref, stage, list(candidate.voters))
+            if weights is not None:
+                return weights
+        return None
+
+    async def _fetch(self, ref: SnapshotRef, stage: int, donors: list[PeerId]) -> dict[str, Tensor] | None:
+        blob, limit = BlobId(ref.root), max_snapshot_bytes(self._manifest.model.num_parameters)
+        try:
+            await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
+            return await asyncio.to_thread(lambda: decode_stage(self._manifest, stage, self._store.read(blob)))
+        except CheckpointError as error:
+            self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=str(error))
+        except LlmNodeError:
+            pass  # unreachable just now
+        return None
+
+
+def mean_of_neighbours(
+    own: dict[str, Tensor], neighbours: Sequence[dict[str, Tensor]], layers: range
+) -> dict[str, Tensor]:
+    """A stage's weights made of those around it: layer by layer the mean of the layers at the same place in the neighbours.
+
+    Args:
+        own: by name; what is no layer stays as it is.
+        neighbours: one or two stages' weights by name.
+        layers: of the stage.
+    """
+    found = dict(own)
+    for place, layer in enumerate(layers):
+        prefix = f"model.layers.{layer}."
+        for name in (name for name in own if name.startswith(prefix)):
+            rest = name.removeprefix(prefix)
+            alike = []
+            for weights in neighbours:
+                numbers = sorted({int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")})
+                number = numbers[min(place, len(numbers) - 1)]
+                alike.append(weights[f"model.layers.{number}.{rest}"].to(own[name]))
+            found[name] = torch.stack(alike).mean(0)
+    return found
