@@ -165,7 +165,9 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     ),
     "plan": (
         "detail",
-        lambda f: f"Follows plan {f['number']} by …{f['planner'][-8:]}; it expects {f['iteration_s']:.2f} s per iteration",
+        lambda f: (
+            f"Follows plan {f['number']} by …{f['planner'][-8:]}; it expects {f['iteration_s']:.2f} s per iteration"
+        ),
     ),
     "plan_refused": ("detail", "Does not follow plan {number}: {reason}"),
     "moving": ("info", "Moves from stage {stage} to stage {to}, which needs it more"),
