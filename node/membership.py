@@ -110,7 +110,7 @@ class Membership:
         if loss is not None:
             self._progress.count_validation(loss, trainer.round)
             self._events.emit("validation", round=trainer.round, loss=round(loss, 4))
-        await self._train(trainer, source, sequences, cursor)
+        await self._train(trainer, source, heldout, sequences, cursor)
 
     async def _measure(self, trainer: TrainingState) -> int:
         if self._options.threads:
@@ -162,7 +162,9 @@ class Membership:
 
     # ---- training
 
-    async def _train(self, trainer: TrainingState, source: BatchSource, sequences: int, cursor: int | None) -> None:
+    async def _train(
+        self, trainer: TrainingState, source: BatchSource, heldout: Tokens, sequences: int, cursor: int | None
+    ) -> None:
         averager, group = averagers_of(trainer, transport=self._transport, identity=self._identity)
         settings = RoundSettings(
             sequences=sequences,
@@ -170,7 +172,7 @@ class Membership:
             most=self._most,
             max_rounds=self._options.max_rounds,
         )
-        steps = self._role.steps(trainer, compute=self._compute, events=self._events)
+        steps = self._role.steps(trainer, heldout=heldout, compute=self._compute, events=self._events)
         watchers: list[Watcher] = [self._keep_copies]
         if isinstance(steps, PipelineSteps):
             watchers += [*steps.watchers, self._archive().look, functools.partial(self._mind_the_balance, steps)]

@@ -126,11 +126,12 @@ class Role:
             return Trainer(self._manifest, heldout=heldout, device=device)
         return StageTrainer(self._manifest, stage=self.stage, device=device)
 
-    def steps(self, trainer: TrainingState, *, compute: Compute, events: EventLog) -> InnerSteps:
+    def steps(self, trainer: TrainingState, *, heldout: Tokens, compute: Compute, events: EventLog) -> InnerSteps:
         """How that trainer steps; a stage serves others from now on."""
         if isinstance(trainer, StageTrainer):
             steps = PipelineSteps(
                 trainer,
+                heldout=heldout,
                 identity=self._identity,
                 transport=self._service.transport,
                 compute=compute,

@@ -14,11 +14,13 @@ from statistics import median_low
 from typing import Any
 
 from model.batches import RoundBatches
+from model.data import Tokens
 from node.compute import Compute
 from node.events import EventLog
 from node.inner_steps import InnerSteps
 from node.pipeline.activations import ActivationCodec
 from node.pipeline.handover import StageTerms
+from node.pipeline.inference import Inference, heldout_microbatches
 from node.pipeline.iterations import Iterations, Way
 from node.pipeline.links import Links
 from node.pipeline.messages import Task
@@ -46,6 +48,7 @@ class PipelineSteps(InnerSteps):
 
     Args:
         trainer: of our stage.
+        heldout: the held-out set [T].
         identity: signs plans.
         directory: of all peers, whatever their stage.
     """
@@ -54,6 +57,7 @@ class PipelineSteps(InnerSteps):
         self,
         trainer: StageTrainer,
         *,
+        heldout: Tokens,
         identity: Identity,
         transport: Transport,
         compute: Compute,
@@ -108,6 +112,20 @@ class PipelineSteps(InnerSteps):
             stages=self._stages,
             choose_paths=self._choose_paths,
             timeout_s=spec.iteration_timeout_s,
+        )
+        self._inference = Inference(
+            manifest.run_id,
+            transport=transport,
+            compute=compute,
+            worker=trainer.worker,
+            codec=codec,
+            stages=self._stages,
+            timeout_s=spec.hop_timeout_s,
+        )
+        self._heldout = (
+            heldout_microbatches(heldout, sequences=spec.microbatch_sequences, sequence_tokens=inner.sequence_tokens)
+            if is_origin
+            else []
         )
         self._iteration: asyncio.Task[object] | None = None
         self._has_stopped = False
@@ -228,7 +246,10 @@ class PipelineSteps(InnerSteps):
         )
 
     async def measure(self, *, last: bool) -> float | None:
-        return None  # a stage alone has no loss
+        """Through the whole pipeline, by one origin per round."""
+        if not self._heldout or not self._inference.is_our_turn(self._trainer.round):
+            return None
+        return await self._inference.loss(self._heldout)
 
     def stop(self) -> None:
         self._has_stopped = True

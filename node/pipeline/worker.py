@@ -70,6 +70,11 @@ class StageWorker:
         with torch.no_grad():
             return self._run(inputs)
 
+    def infer(self, inputs: Tensor) -> Tensor:
+        """The same without a visit: nothing is kept."""
+        with torch.no_grad():
+            return self._run(inputs.to(self._device))
+
     def admit(self, key: MicrobatchKey, inputs: Tensor) -> None:
         """Take over a visit whose forward pass ran elsewhere: hidden states [B, T, W] that went in there."""
         self.visits[key] = Visit(inputs.to(self._device), inputs.shape[0] * inputs.shape[1])
@@ -140,6 +145,11 @@ class StageWorker:
             loss * visit.num_tokens, [hidden, *self._parameters], allow_unused=True
         )
         return float(loss.detach()), gradient
+
+    @torch.no_grad()
+    def loss_of(self, hidden: Tensor, tokens: Tensor) -> float:
+        """Mean loss in nats per token of token ids [B, T + 1] whose hidden states [B, T, W] have come back; nothing is kept."""
+        return float(self.stage.loss(hidden.to(self._device), tokens[:, 1:].to(self._device)))
 
     def _run(self, inputs: Tensor) -> Tensor:
         if self.stage.number == 0:

@@ -9,6 +9,8 @@ from averaging.exchange_messages import Ack, Answer, Offer, Propose, payload_has
 from averaging.pairing import priority
 from averaging.search import PROTOCOL as EXCHANGE_PROTOCOL
 from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL
+from node.pipeline.archive import STATE_PROTOCOL
+from node.pipeline.inference import FORWARD_PROTOCOL
 from node.pipeline.links import PROBE_PROTOCOL
 from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCOL, InputRequest, Notice, Reply, Task
 from node.pipeline.published import PLAN_PROTOCOL
@@ -51,7 +53,15 @@ def test_vectors() -> None:
 def test_names_limits_and_fields_are_there() -> None:
     for name in (MANIFEST_PROTOCOL, STATUS_PROTOCOL, BLOB_PROTOCOL, EXCHANGE_PROTOCOL):
         assert f": `{name}`" in TEXT
-    for name in (TASK_PROTOCOL, INPUT_PROTOCOL, NOTICE_PROTOCOL, PROBE_PROTOCOL, PLAN_PROTOCOL):
+    for name in (
+        TASK_PROTOCOL,
+        INPUT_PROTOCOL,
+        NOTICE_PROTOCOL,
+        PROBE_PROTOCOL,
+        PLAN_PROTOCOL,
+        STATE_PROTOCOL,
+        FORWARD_PROTOCOL,
+    ):
         assert f"`{name}`" in TEXT
     for limit in (MAX_HEADER_BYTES, MAX_DOCUMENT_BYTES):
         assert f"{limit:,}" in TEXT

@@ -50,6 +50,9 @@ def test_six_peers_train_three_stages(tmp_path: Path) -> None:
     stages = sorted(peer.progress.stage for peer in peers if peer.progress.stage is not None)
     assert stages == [0, 0, 1, 1, 2, 2]
     assert all(summary.finished and summary.exchanges_ok >= 2 for summary in summaries), summaries
+    measured = [(told["round"], told["loss"]) for name in swarm.events for told in swarm.named(name, "validation")]
+    assert sorted(round for round, _ in measured) == [1, 2, 3], "one peer measures after each round"
+    assert dict(measured)[3] < dict(measured)[1] < 5.8, "chance is ln 300 = 5.7"
     found = losses(swarm)
     assert sum(found[-4:]) / 4 < sum(found[:4]) / 4 - 0.3
     for stage in range(3):
