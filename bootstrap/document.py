@@ -26,6 +26,7 @@ __all__ = [
     "PeerState",
     "PeerStatus",
     "RunStatus",
+    "StageStatus",
     "StatusDocument",
     "SwarmStatus",
     "display_name",
@@ -38,6 +39,7 @@ STATUS_PROTOCOL = "/llm-node/status/1"
 MAX_DOCUMENT_BYTES = 1 << 20
 MAX_PEERS = 500
 """Peers listed one by one; the totals count all."""
+MAX_STAGES = 64
 MAX_EXCHANGES = 50
 MAX_POINTS = 600
 """Rounds in the validation curve; longer histories are thinned evenly."""
@@ -88,6 +90,18 @@ class RunStatus(_Strict):
     total_rounds: Count
     """0: a run without end."""
     round_target_s: Seconds
+    stages: Count
+    """Pipeline stages; 1: every peer trains the whole model."""
+
+
+class StageStatus(_Strict):
+    """One stage of a pipeline, all its peers together."""
+
+    stage: Count
+    peers: Count
+    """Trainers of it heard of lately."""
+    microbatches_per_s: Rate
+    """Forward passes that they say they could do together."""
 
 
 class SwarmStatus(_Strict):
@@ -117,6 +131,8 @@ class PeerStatus(_Strict):
     role: Literal["trainer", "bootstrap"]
     state: PeerState
     version: Text
+    stage: Count | None
+    """The pipeline stage that it holds; None for a whole replica."""
     round: Count
     step: Count
     inner_steps: Count
@@ -158,6 +174,8 @@ class StatusDocument(_Strict):
     """Unix time by the collector's clock."""
     run: RunStatus
     swarm: SwarmStatus
+    stages: Annotated[list[StageStatus], Field(max_length=MAX_STAGES)]
+    """In order; empty where every peer trains the whole model."""
     peers: Annotated[list[PeerStatus], Field(max_length=MAX_PEERS)]
     exchanges: Annotated[list[ExchangeStatus], Field(max_length=MAX_EXCHANGES)]
     """Newest first."""

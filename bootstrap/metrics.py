@@ -32,6 +32,10 @@ _SWARM_COUNTERS = {
     "sent_bytes": "Payload bytes sent by all peers",
     "received_bytes": "Payload bytes received by all peers",
 }
+_STAGE_GAUGES = {
+    "peers": "Trainers of a pipeline stage heard of lately",
+    "microbatches_per_s": "Forward passes per second that they could do together",
+}
 _PEER_GAUGES = {
     "round": "Round the peer is in",
     "tokens_per_s": "Tokens trained per second",
@@ -66,6 +70,11 @@ class _DocumentCollector(Collector):
                 yield GaugeMetricFamily(f"llm_node_swarm_{field}", text, value=swarm[field])
         for field, text in _SWARM_COUNTERS.items():
             yield CounterMetricFamily(f"llm_node_swarm_{field}", text, value=swarm[field])
+        for field, text in _STAGE_GAUGES.items():
+            family = GaugeMetricFamily(f"llm_node_stage_{field}", text, labels=["stage"])
+            for stage in document["stages"]:
+                family.add_metric([str(stage["stage"])], stage[field])
+            yield family
         for field, text in _PEER_GAUGES.items():
             family = GaugeMetricFamily(f"llm_node_peer_{field}", text, labels=["peer", "role"])
             for peer in peers:

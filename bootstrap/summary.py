@@ -20,6 +20,7 @@ from bootstrap.document import (
     PeerState,
     PeerStatus,
     RunStatus,
+    StageStatus,
     StatusDocument,
     SwarmStatus,
     display_name,
@@ -61,6 +62,7 @@ def swarm_status(store: StatusStore, manifest: Manifest, *, now_s: float) -> dic
         generated_at_s=now_s,
         run=_run(manifest),
         swarm=_swarm(store.latest.values(), live, swarm_round, credible),
+        stages=_stages(manifest, live, store.latest),
         peers=peers[:MAX_PEERS],
         exchanges=_exchanges(store.exchanges(limit=2 * MAX_EXCHANGES), store.latest),
         val_loss=[(p.round, p.mean, p.smallest, p.largest, p.num_peers) for p in _thinned(credible, MAX_POINTS)],
@@ -83,7 +85,24 @@ def _run(manifest: Manifest) -> RunStatus:
         sequence_tokens=manifest.inner.sequence_tokens,
         total_rounds=manifest.sync.total_rounds,
         round_target_s=manifest.sync.round_target_s,
+        stages=manifest.pipeline.stages,
     )
+
+
+def _stages(manifest: Manifest, live: list[PeerStatus], latest: Mapping[PeerId, SeenRecord]) -> list[StageStatus]:
+    """Who holds what of a pipeline."""
+    if manifest.pipeline.stages == 1:
+        return []
+    held: dict[int, list[float]] = {stage: [] for stage in range(manifest.pipeline.stages)}
+    for peer in live:
+        if peer.stage in held and peer.state == "training":
+            held[peer.stage].append(latest[PeerId(peer.peer)].record.forward_s)
+    return [
+        StageStatus(
+            stage=stage, peers=len(forward_s), microbatches_per_s=math.fsum(1.0 / each for each in forward_s if each)
+        )
+        for stage, forward_s in held.items()
+    ]
 
 
 def _peers(latest: Mapping[PeerId, SeenRecord], now_s: float) -> list[PeerStatus]:
@@ -105,6 +124,7 @@ def _peer(seen: SeenRecord, now_s: float) -> PeerStatus:
         role=record.role,
         state=state,
         version=record.version,
+        stage=record.stage,
         round=record.round,
         step=record.step,
         inner_steps=record.inner_steps,
@@ -201,9 +221,22 @@ def _warnings(store: StatusStore, peers: list[PeerStatus], manifest: Manifest, s
         found.append(
             f"The status history is not being written ({store.problem}); free some disk space. Training goes on."
         )
+    lost = [str(number) for number in _lost_stages(manifest, peers)]
+    if lost:
+        found.append(
+            f"Nobody holds stage {', '.join(lost)} of the pipeline; another peer moves there, or let one more join."
+        )
     for peer in peers:
         found += _peer_warnings(peer, store.latest[PeerId(peer.peer)], manifest, swarm_round)
     return found
+
+
+def _lost_stages(manifest: Manifest, peers: list[PeerStatus]) -> list[int]:
+    """Stages without a live peer, while others train."""
+    live = [peer for peer in peers if peer.state in _LIVE_STATES and peer.stage is not None]
+    held = {peer.stage for peer in live}
+    is_at_work = any(peer.state == "training" for peer in live)
+    return [stage for stage in range(manifest.pipeline.stages) if stage not in held] if is_at_work else []
 
 
 def _peer_warnings(peer: PeerStatus, seen: SeenRecord, manifest: Manifest, swarm_round: int) -> list[str]:

@@ -33,6 +33,8 @@ def render_status(document: Mapping[str, Any]) -> RenderableType:
     """
     swarm, peers, exchanges = document["swarm"], document["peers"], document["exchanges"]
     parts: list[RenderableType] = [_run_line(document["run"]), _swarm_line(swarm, document["run"])]
+    if document["stages"]:
+        parts.append(_stage_line(document["stages"]))
     parts += [Text(f"! {warning}", style="yellow") for warning in document["warnings"]]
     parts += [Text(), _peer_table(peers) if peers else Text("no peers yet", style="dim")]
     if len(peers) > _MAX_ROWS:
@@ -63,6 +65,15 @@ def _swarm_line(swarm: Mapping[str, Any], run: Mapping[str, Any]) -> Text:
     return Text(" · ".join(parts))
 
 
+def _stage_line(stages: list[Mapping[str, Any]]) -> Text:
+    """How many peers hold each stage of the pipeline."""
+    line = Text("peers per stage  ")
+    for stage in stages:
+        line.append(f"{stage['stage']}: ", style="dim")
+        line.append(f"{stage['peers']}  ", style="" if stage["peers"] else "red")
+    return line
+
+
 def _peer_table(peers: list[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("peer", no_wrap=True)
@@ -77,6 +88,8 @@ def _peer_table(peers: list[Mapping[str, Any]]) -> Table:
 def _peer_row(peer: Mapping[str, Any]) -> list[Text]:
     name = Text(display_name(peer["name"], peer["peer"]))
     name.truncate(_NAME_CHARS, overflow="ellipsis")
+    if peer["stage"] is not None:
+        name.append(f" stage {peer['stage']}", style="dim")
     state = Text(peer["state"], style=_STATE_STYLES[peer["state"]])
     if peer["state"] == "silent":
         state.append(f" {peer['age_s']:.0f} s")

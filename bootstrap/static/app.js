@@ -79,6 +79,32 @@ function drawWarnings(warnings) {
   }
 }
 
+// Bars of equal scale, so that the stage that holds the others up is the shortest.
+function stageItem(stage, fastest) {
+  const item = document.createElement("li");
+  const bar = make("progress");
+  bar.max = Math.max(fastest, 1e-9);
+  bar.value = stage.microbatches_per_s;
+  const peers = stage.peers ? `${count(stage.peers)} ${stage.peers === 1 ? "peer" : "peers"}` : "nobody";
+  const held = make("span", "pill", peers);
+  held.dataset.state = stage.peers ? "held" : "lost";
+  item.append(make("span", "quiet", `stage ${stage.stage}`), bar, held);
+  return item;
+}
+
+let drawnStages = "";
+
+function drawStages(stages) {
+  const box = byId("stages");
+  box.hidden = stages.length === 0;
+  const drawn = JSON.stringify(stages);
+  if (box.hidden || drawn === drawnStages) return;
+  drawnStages = drawn;
+  const fastest = Math.max(...stages.map((stage) => stage.microbatches_per_s));
+  box.querySelector("ol").replaceChildren(...stages.map((stage) => stageItem(stage, fastest)));
+  setText(byId("stages-note"), "microbatches per second that the peers of a stage can take together");
+}
+
 const COLUMNS = ["Peer", "State", "Round", "Step", "Tokens/s", "Train loss", "Val. loss", "Sent", "Received"];
 
 function makeRow() {
@@ -98,7 +124,7 @@ function fillRow(row, peer) {
   const trains = peer.role === "trainer";
   const [name, id] = row.cells[0].children;
   setText(name, peer.name.trim() || (trains ? "unnamed" : "bootstrap"));
-  setText(id, shortId(peer.peer));
+  setText(id, shortId(peer.peer) + (peer.stage === null ? "" : ` · stage ${peer.stage}`));
   id.title = peer.version ? `${peer.peer}, version ${peer.version}` : peer.peer;
   const pill = row.cells[1].firstElementChild;
   pill.dataset.state = peer.state;
@@ -181,6 +207,7 @@ function draw(status) {
   drawTiles(status);
   byId("chart-empty").hidden = status.val_loss.length !== 0;
   chart.show(status.val_loss);
+  drawStages(status.stages);
   drawPeers(status.peers, status.swarm);
   drawExchanges(status);
 }
