@@ -16,13 +16,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
-from multiprocessing import get_context
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.convergence_cell import MODEL, SEQUENCE_TOKENS, SEQUENCES, Cell, cell_key, run_cell
+from tests.benchmarks.stored_runs import run_missing, stored
 
 __all__ = ["ATTEMPTS", "METHODS", "main"]
 
@@ -85,33 +84,6 @@ def cells(methods: Iterable[str], *, replicas: Sequence[int], seeds: int, steps:
     ]
 
 
-def stored(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished runs by key."""
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["key"]: line for line in lines}
-
-
-def run_missing(sweep: Sequence[Cell], path: Path, *, jobs: int, known: dict[str, dict[str, Any]]) -> None:
-    """Run what is not known yet, `jobs` at a time, and append each result as it comes."""
-    missing = [cell for cell in sweep if cell_key(cell) not in known]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        running = {pool.submit(run_cell, cell): cell for cell in missing}
-        for done in as_completed(running):
-            cell = running[done]
-            line = {"key": cell_key(cell), "cell": asdict(cell), **done.result()}
-            known[line["key"]] = line
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(
-                f"{cell.method}, N = {cell.replicas}, seed {cell.seed}: {line['loss']:.4f} (averaged {line['averaged']:.4f}), "
-                f"{line['bytes_per_peer'] / 1e6:.1f} MB, {line['seconds']:.0f} s",
-                flush=True,
-            )
-
-
 def summary(sweep: Sequence[Cell], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Per N and method, over the seeds that were run."""
     table: dict[str, dict[str, Any]] = {}
@@ -172,7 +144,8 @@ def main() -> None:
     )
     known = stored(arguments.results)
     if not arguments.stored:
-        run_missing(sweep, arguments.results, jobs=arguments.jobs, known=known)
+        by_key = {cell_key(cell): cell for cell in sweep}
+        run_missing(by_key, arguments.results, run=run_cell, jobs=arguments.jobs, known=known)
     table = summary(sweep, known)
     for number, row in table.items():
         for method, result in row.items():

@@ -37,7 +37,7 @@ from model.transformer import Transformer
 from protocol.ids import PeerId
 from protocol.manifest import SyncSpec
 
-__all__ = ["MODEL", "SEQUENCES", "SEQUENCE_TOKENS", "Cell", "cell_key", "run_cell", "sync_spec"]
+__all__ = ["MODEL", "SEQUENCES", "SEQUENCE_TOKENS", "VOCABULARY", "Cell", "cell_key", "run_cell", "sync_spec", "texts"]
 
 SEQUENCE_TOKENS = 64
 SEQUENCES = 16
@@ -93,11 +93,11 @@ def sync_spec(cell: Cell) -> SyncSpec:
 
 
 @functools.cache
-def _texts() -> tuple[Tokens, Tokens]:
+def texts() -> tuple[Tokens, Tokens]:
     """Training and held-out tokens: the standard library's sources, tokenised by a tokenizer trained on them."""
-    texts = list(iter_stdlib())
-    tokenizer = Tokenizer(train_tokenizer(texts, VOCABULARY))
-    dataset = build_dataset(texts, tokenizer, shard_tokens=1 << 31, heldout_tokens=HELDOUT_TOKENS)
+    sources = list(iter_stdlib())
+    tokenizer = Tokenizer(train_tokenizer(sources, VOCABULARY))
+    dataset = build_dataset(sources, tokenizer, shard_tokens=1 << 31, heldout_tokens=HELDOUT_TOKENS)
     return decode_tokens(b"".join(dataset.shards), VOCABULARY), decode_tokens(dataset.heldout, VOCABULARY)
 
 
@@ -216,7 +216,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """
     torch.set_num_threads(1)  # several runs share the machine, and matrices this small gain nothing from more
     started = time.perf_counter()
-    train, heldout = _texts()
+    train, heldout = texts()
     synchronous = cell.method == "synchronous"
     members = [_Member(cell, number) for number in range(1 if synchronous else cell.replicas)]
     sources = [

@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.benchmarks.report_plots import draw, require_matplotlib
 from tests.benchmarks.report_run import BenchmarkError, load_result, run_benchmark
-from tests.benchmarks.report_tables import headline, machine_line, markdown_table, render_tables
+from tests.benchmarks.report_tables import arranged, headline, machine_line, markdown_table, render_tables
 
 __all__ = ["benchmark_names", "main", "render_page", "update_docs"]
 
@@ -74,7 +74,9 @@ def _section(name: str, documents: Mapping[str, Mapping[str, Any]], plots: Mappi
     if name not in documents:
         return f"*Not run.* `make bench NAMES={name}` runs it."
     pictures = [f"![{description}]({address})" for address, description in plots.get(name, [])]
-    return "\n\n".join([machine_line(documents[name]), *pictures, *render_tables(documents[name]["result"])])
+    return "\n\n".join(
+        [machine_line(documents[name]), *pictures, *render_tables(arranged(name, documents[name]["result"]))]
+    )
 
 
 def update_docs(docs: Path = DOCS) -> dict[str, str]:

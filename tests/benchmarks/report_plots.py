@@ -275,8 +275,19 @@ def _schedule(result: Mapping[str, Any]) -> Iterator[Picture]:
     )
 
 
+def _partial(result: Mapping[str, Any]) -> Iterator[Picture]:
+    lines = {
+        name: [(float(each["count"]), each["loss"], each["loss_std"]) for each in omitted]
+        for name, entry in result.items()
+        if (omitted := pick(entry, "omitted"))
+    }
+    panel = Curves("By way of training", ("stages omitted", "held-out loss, nats per token"), lines, {})
+    yield Picture("partial", "Held-out loss when stages are omitted after training, by way of training", [panel])
+
+
 PICTURES: dict[str, Callable[[Mapping[str, Any]], Iterator[Picture]]] = {
     "schedule": _schedule,
+    "partial": _partial,
     "sync": _sync,
     "codecs": _codecs,
     "scale": _scale,

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["cell", "headline", "machine_line", "markdown_table", "middle", "pick", "render_tables"]
+__all__ = ["arranged", "cell", "headline", "machine_line", "markdown_table", "middle", "pick", "render_tables"]
 
 STATISTICS = {"median", "mean", "std", "spread", "min", "max", "lowest", "highest", "n", "values"}
 MAX_LISTED = 4  # longer lists are shown by median and range
@@ -78,6 +78,11 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def render_tables(result: Mapping[str, Any]) -> list[str]:
     """Markdown blocks that show all of `result`, in its own order: plain values, then tables, then what lies deeper."""
     return list(_blocks(result, title=""))
+
+
+def arranged(name: str, result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The result as its tables are to show it: as it is, but for a benchmark whose tables say more in another order."""
+    return ARRANGED[name](result) if name in ARRANGED else result
 
 
 def _blocks(tree: Mapping[str, Any], *, title: str) -> Iterator[str]:
@@ -198,9 +203,30 @@ def _schedule(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"{_words(name)} {cell(ours)} s, full pipeline {cell(full)} s{known}"
 
 
+def _partial(result: Mapping[str, Any]) -> Iterator[str]:
+    for name, entry in result.items():
+        ratio, saved = pick(entry, "perplexity_ratio"), pick(entry, "compute_saved")
+        if ratio and saved:
+            yield f"{name}: perplexity {ratio - 1:+.1%}, compute {-saved:+.0%}"
+
+
+def _partial_tables(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row per method, then a row per number of omitted stages with all methods beside each other."""
+    by_count: dict[str, dict[str, Any]] = {}
+    for name, entry in result.items():
+        for each in pick(entry, "omitted") or []:
+            row = by_count.setdefault(f"{each['count']} omitted", {})
+            row[name] = {"mean": each["loss"], "std": each["loss_std"]}
+    methods = {name: {k: v for k, v in entry.items() if k != "omitted"} for name, entry in result.items()}
+    return {"methods": methods, "loss": by_count}
+
+
+ARRANGED: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {"partial": _partial_tables}
+
 HEADLINES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "codecs": _codecs,
     "convergence": _convergence,
+    "partial": _partial,
     "schedule": _schedule,
     "swarm": _swarm,
     "sync": _sync,

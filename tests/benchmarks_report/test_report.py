@@ -15,7 +15,7 @@ from tests.benchmarks import report, report_plots, report_run
 from tests.benchmarks.convergence import METHODS
 from tests.benchmarks.convergence_cell import cell_key, sync_spec
 from tests.benchmarks.report_run import BenchmarkError, load_result, run_benchmark
-from tests.benchmarks.report_tables import cell, headline, render_tables
+from tests.benchmarks.report_tables import arranged, cell, headline, render_tables
 
 Json = dict[str, Any]
 
@@ -26,6 +26,13 @@ METHOD = {
     "spread_mean": 0.1,
     "bytes_per_peer": 4_000_000,
     "seeds": [1, 2, 3],
+}
+PARTIAL = {
+    "loss": 3.5,
+    "perplexity_ratio": 1.0,
+    "compute_saved": 0.0,
+    "seeds": [0, 1],
+    "omitted": [{"count": count, "loss": 3.5 + count, "loss_std": 0.1} for count in range(3)],
 }
 SYNC = {
     "ours": {
@@ -64,6 +71,10 @@ RESULTS: dict[str, Json] = {
         },
         "steps": 2000,
         "attempts": [{"name": "larger step", "loss": 2.6, "bytes_per_peer": 4_000_000, "note": "worse | noisier"}],
+    },
+    "partial": {
+        "full": PARTIAL,
+        "skip 25 %": PARTIAL | {"loss": 3.6, "perplexity_ratio": 1.105, "compute_saved": 0.238},
     },
     "codecs": {
         "q8": {"bytes_per_parameter": 1.0078, "error_gaussian": 0.006, "encode_GBps": 3.5, "decode_GBps": 5.0},
@@ -162,6 +173,7 @@ def test_headlines_survive_missing_fields() -> None:
         assert headline(name, {}) == "measured, see below"
     assert "5×" in headline("sync", RESULTS["sync"])
     assert "98.5%" in headline("utilisation", RESULTS["utilisation"])
+    assert headline("partial", RESULTS["partial"]) == "skip 25 %: perplexity +10.5%, compute -24%"
 
 
 def test_page_keeps_the_frame_and_names_what_is_missing(tmp_path: Path) -> None:
@@ -194,6 +206,15 @@ def test_convergence_shows_the_free_and_the_synchronous_as_levels() -> None:
     (panel,) = picture.panels
     assert panel.levels == {"synchronous": 2.1, "local": 2.9}
     assert panel.lines == {"default": [(4.0, 2.5, 0.02)], "diloco": [(9.0, 2.45, 0.02)]}
+
+
+def test_loss_by_omitted_stages_stands_side_by_side() -> None:
+    text = "\n\n".join(render_tables(arranged("partial", RESULTS["partial"])))
+    assert "| skip 25 % | 3.6 | 1.105 | 0.238 | 0, 1 |" in text
+    assert "|  | full | skip 25 % |" in text
+    assert "| 2 omitted | 5.5 (± 0.1) | 5.5 (± 0.1) |" in text
+    (picture,) = report_plots.PICTURES["partial"](RESULTS["partial"])
+    assert picture.panels[0].lines["full"] == [(0.0, 3.5, 0.1), (1.0, 4.5, 0.1), (2.0, 5.5, 0.1)]
 
 
 def test_bars_hold_middle_and_single_values() -> None:
