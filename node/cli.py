@@ -290,9 +290,9 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON instead.")] = False,
 ) -> None:
     """Try a swarm of up to thousands of peers in one process, in virtual time: the real averaging on a toy problem."""
-    from node.scenario import load_scenario
-    from node.simulate import simulate_file
-    from node.simulate_view import render_simulation
+    from node.simulation.run import simulate_file
+    from node.simulation.scenario import load_scenario
+    from node.simulation.view import render_simulation
 
     result = simulate_file(load_scenario(scenario), scenario.parent, out=out)
     if as_json:

@@ -32,7 +32,7 @@ def plan(
     from node.pipeline.case import load_case
     from node.pipeline.solver import solve
     from node.pipeline.view import draw_gantt, render_solution
-    from node.simulate_plots import check_plotting
+    from node.plotting import check_plotting
 
     if picture is not None:
         if picture.suffix not in PICTURES:

@@ -1,8 +1,8 @@
 """`llm-node simulate`: thousands of peers in one process, on the memory transport and in virtual time.
 
 The averaging, the search for partners, the exchange and the directory are the node's own code; only the training is a toy
-(node/quadratic.py), and time, links and misfortunes come from a scenario file. The same seed gives the same result, bit for
-bit.
+(node/simulation/quadratic.py), and time, links and misfortunes come from a scenario file. The same seed gives the same result,
+bit for bit.
 
 The swarm starts as one that has found itself: every peer knows how large the swarm is. Checks of signatures are real but not
 repeated: what one simulated peer has found to be sound is not computed again by the next (`checked_once`).
@@ -27,12 +27,13 @@ import torch
 
 from averaging.admission import AdmissionConfig
 from averaging.replica import ReplicaConfig
-from node.quadratic import QuadraticConfig, loss_of
-from node.scenario import Scenario
-from node.simulate_links import link_table, read_matrix, typical_link
-from node.simulate_peer import SimulatedPeer, World
-from node.simulate_plots import check_plotting, write_plots
-from node.simulate_tally import Tally
+from node.plotting import check_plotting
+from node.simulation.links import link_table, read_matrix, typical_link
+from node.simulation.peer import SimulatedPeer, World
+from node.simulation.plots import write_plots
+from node.simulation.quadratic import QuadraticConfig, loss_of
+from node.simulation.scenario import Scenario
+from node.simulation.tally import Tally
 from protocol import directory
 from protocol.errors import UserError
 from protocol.ids import PeerId, RunId

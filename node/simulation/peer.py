@@ -20,11 +20,11 @@ from averaging.averager import Averager, ExchangeResult
 from averaging.replica import Replica, ReplicaConfig
 from averaging.update import Update
 from node.mixing import foreign_bucket
-from node.quadratic import Quadratic, QuadraticConfig, loss_of
 from node.round_clock import MAX_STRETCH, RoundClock
 from node.rounds import DEADLINE_SHARE
-from node.scenario import Scenario
-from node.simulate_tally import Tally
+from node.simulation.quadratic import Quadratic, QuadraticConfig, loss_of
+from node.simulation.scenario import Scenario
+from node.simulation.tally import Tally
 from protocol.directory import Directory, validate_entry
 from protocol.identity import Identity
 from protocol.ids import PeerId, RunId

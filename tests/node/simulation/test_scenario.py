@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from node.scenario import load_scenario
-from node.simulate_links import read_matrix
+from node.simulation.links import read_matrix
+from node.simulation.scenario import load_scenario
 from protocol.errors import UserError
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "scenarios").glob("*.toml"))
+EXAMPLES = sorted((Path(__file__).parents[3] / "docs" / "scenarios").glob("*.toml"))
 SMALL = "[swarm]\npeers = 4\nrounds = 2\n"
 
 

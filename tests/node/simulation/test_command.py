@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from node import simulate
 from node.cli import app
-from node.simulate_plots import write_plots
+from node.simulation import run
+from node.simulation.plots import write_plots
 from protocol.errors import UserError
 
 SCENARIO = """
@@ -65,7 +65,7 @@ def test_without_matplotlib_plots_are_refused_at_once_and_tables_work(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert invoke(path, "--json").exit_code == 0
-    monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("simulated before it could plot"))
+    monkeypatch.setattr(run, "simulate", lambda *_: pytest.fail("simulated before it could plot"))
     result = invoke(path, "--out", tmp_path / "out")
     assert isinstance(result.exception, UserError)
     assert "llm-node[simulate]" in str(result.exception)
@@ -73,7 +73,7 @@ def test_without_matplotlib_plots_are_refused_at_once_and_tables_work(
 
 
 def test_an_impossible_folder_is_refused_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("simulated before it could write"))
+    monkeypatch.setattr(run, "simulate", lambda *_: pytest.fail("simulated before it could write"))
     (path.parent / "taken" / "result.json").mkdir(parents=True)
     for folder in (path / "below a file", path.parent / "taken"):
         result = invoke(path, "--out", folder)

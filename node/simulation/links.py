@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from node.scenario import LinksSection
+from node.simulation.scenario import LinksSection
 from protocol.errors import UserError
 from protocol.ids import PeerId
 from protocol.memory_links import Chance, LinkTable, RandomLink

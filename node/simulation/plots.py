@@ -1,30 +1,17 @@
-"""A simulation's result as plots. The only place that imports matplotlib, which comes with the extra `simulate`."""
+"""A simulation's result as plots. They need matplotlib, see node/plotting.py."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
-from protocol.errors import UserError
-
-__all__ = ["check_plotting", "write_plots"]
+__all__ = ["write_plots"]
 
 _SIZE_INCHES = (7.0, 4.5)
 
 
-def check_plotting() -> None:
-    """Make sure, before a long simulation, that plots can be made after it.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib; install it with: pip install 'llm-node[simulate]', or leave out --out")
-
-
 def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what `node.simulate.simulate` returns, each plot as PNG and SVG.
+    """Draw what `node.simulation.run.simulate` returns, each plot as PNG and SVG.
 
     Returns:
         The files, the same bytes for the same result and version of matplotlib.

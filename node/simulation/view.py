@@ -16,7 +16,7 @@ MAX_ROUNDS_SHOWN = 12
 
 
 def render_simulation(result: dict[str, Any]) -> RenderableType:
-    """Draw what `node.simulate.simulate` returns."""
+    """Draw what `node.simulation.run.simulate` returns."""
     title = (
         f"{result['name']}: {result['peers']} peers, {result['rounds']} rounds of {result['algorithm']}, "
         f"{duration(result['virtual_s'])} of virtual time"

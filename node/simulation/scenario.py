@@ -51,7 +51,7 @@ class SwarmSection(_Section):
 
 
 class TrainingSection(_Section):
-    """Speeds, and the toy problem that stands in for training (see node/quadratic.py)."""
+    """Speeds, and the toy problem that stands in for training (see node/simulation/quadratic.py)."""
 
     step_s: float = Field(default=1.0, gt=0.0, le=86_400.0)
     """Mean seconds of an inner step."""
