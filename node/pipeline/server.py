@@ -120,14 +120,18 @@ class StageServer:
                 if peer != self._terms.peer:
                     tasks.create_task(self._handover.notify(peer, notice))
 
-    async def wait_for_end(self, origins: Iterable[PeerId]) -> bool:
+    async def wait_for_end(self, origins: Callable[[], Iterable[PeerId]]) -> bool:
         """Until all of these have said that the iteration ended (True), or most of them are further on (False); the caller sets
-        the deadline."""
+        the deadline. They are asked for again after every look."""
         return await self._ledger.wait_for_end(origins)
 
     def note_end(self, peer: PeerId, iteration: int) -> None:
         """Somebody else says that an origin has ended that iteration: its own record."""
         self._ledger.note_end(peer, iteration)
+
+    def look_again(self) -> None:
+        """The router has been brought up to date."""
+        self._ledger.look_again()
 
     def has_ended(self, peer: PeerId) -> bool:
         """Whether that origin has said that the iteration ended."""

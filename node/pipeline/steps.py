@@ -116,6 +116,7 @@ class PipelineSteps(InnerSteps):
         self._stages.update(peers)
 
     async def after_heartbeat(self) -> None:
+        self._server.look_again()
         """The directory has been read."""
         self.look()
 
