@@ -30,7 +30,7 @@ from node.pipeline.worker import MicrobatchKey, StageWorker
 from protocol.errors import LlmNodeError, ProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.transport import Stream, Transport
-from protocol.wire import read_bulk, read_message, write_bulk, write_message
+from protocol.wire import bulk_buffer, read_bulk_into, read_message, write_bulk, write_message
 
 __all__ = ["StageServer"]
 
@@ -333,7 +333,8 @@ class StageServer:
     async def _receive(self, stream: Stream) -> Tensor:
         """Say yes to a task and read what comes with it."""
         await write_message(stream, Reply(ok=True))
-        payload = await read_bulk(stream, self._terms.payload_bytes)
+        payload = bulk_buffer(self._terms.payload_bytes)
+        await read_bulk_into(stream, payload)
         try:
             return await self._compute.run(self._codec.decode, payload)
         except ProtocolError:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from node.simulation.staged_plots import staged_figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["write_plots"]
 
@@ -17,10 +22,21 @@ def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
         The files, the same bytes for the same result and version of matplotlib.
     """
     from matplotlib import rc_context
+
+    files: list[Path] = []
+    plots = staged_figures(result) if "stages" in result else _figures(result)
+    for name, figure in plots.items():
+        with rc_context({"svg.hashsalt": "llm-node"}):
+            for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+                files.append(folder / f"{name}.{kind}")
+                figure.savefig(files[-1], metadata=metadata)
+    return files
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Figure]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    files: list[Path] = []
     columns = result["by_round"]
     title = f"{result['name']}: {result['peers']} peers, {result['algorithm']}"
     spread = Figure(figsize=_SIZE_INCHES, layout="constrained")
@@ -41,9 +57,4 @@ def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
         axes.set(title=title, xlabel="seconds from the search's start to the commit", ylabel="share of exchanges")
         axes.grid(alpha=0.3)
         plots["exchanges"] = times
-    for name, figure in plots.items():
-        with rc_context({"svg.hashsalt": "llm-node"}):
-            for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-                files.append(folder / f"{name}.{kind}")
-                figure.savefig(files[-1], metadata=metadata)
-    return files
+    return plots
