@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from statistics import median
@@ -136,12 +137,20 @@ class StagedTally:
             "per_peer_and_iteration": {kind: number / max(1, len(seconds)) for kind, number in self.network.items()},
             "by_stage": self._by_stage(),
             "by_iteration": self._by_iteration(),
+            "by_round": self._by_round(),
         }
 
     def _mean_visits(self) -> float:
         """Stages that a microbatch has visited which came back; fewer than the path's length where some had to be left out."""
         visits = [len(trip.counted) for trip in self._trips.values() if trip.has_returned]
         return sum(visits) / len(visits) if visits else 0.0
+
+    def _by_round(self) -> dict[str, list[float]]:
+        """How far the replicas of a stage are apart, root mean square over stages."""
+        rounds = sorted({round for stage in self.averaging for round in stage.rounds})
+        spreads = [[stage.spread(round) for stage in self.averaging if round in stage.rounds] for round in rounds]
+        means = [math.sqrt(sum(spread * spread for spread in each) / len(each)) for each in spreads]
+        return {"round": list(rounds), "spread": means}
 
     def _by_stage(self) -> dict[str, list[float]]:
         counts = list(zip(*(iteration.peers for iteration in self._iterations.values()), strict=True))

@@ -44,6 +44,7 @@ def _facts(result: dict[str, Any]) -> Table:
         ("a peer knows", f"{known['mean']:.1f} peers on average, itself included" if known else ""),
         ("bytes sent per peer and iteration", size(round(each.get("sent_bytes", 0)))),
         ("exchanges with replicas", _counts(result["exchanges"])),
+        ("spread of replicas by round", ", ".join(f"{spread:.3f}" for spread in result["by_round"]["spread"][-6:])),
         ("peers", _counts(result["population"]) if result["population"] else "nobody came or went"),
     ]
     if not result["finished"]:

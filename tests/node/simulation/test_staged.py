@@ -89,6 +89,9 @@ def test_a_swarm_without_mishaps_loses_nothing() -> None:
     assert result["overdue"] == 0
     assert result["exchanges"].get("averaged", 0) > 0, "each stage's replicas average among themselves"
     assert result["by_iteration"]["peers"] == [[3, 3, 3]] * 4
+    alone = simulate(scenario(9, pipeline={"stages": 3, "skip_ratio": 0.3}, sync={"algorithm": "local"}))
+    assert alone["exchanges"] == {}
+    assert result["by_round"]["spread"][-1] < 0.9 * alone["by_round"]["spread"][-1]
 
 
 def test_what_comes_and_goes_is_counted_once_or_lost() -> None:
