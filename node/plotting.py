@@ -9,11 +9,16 @@ from protocol.errors import UserError
 __all__ = ["check_plotting"]
 
 
-def check_plotting() -> None:
+def check_plotting(option: str) -> None:
     """Make sure, before a long computation, that plots can be made after it.
+
+    Args:
+        option: that asks for them.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib; install it with: pip install 'llm-node[simulate]', or leave out --out")
+        raise UserError(
+            f"plots need matplotlib; install it with: pip install 'llm-node[simulate]', or leave out {option}"
+        )

@@ -37,7 +37,7 @@ def plan(
     if picture is not None:
         if picture.suffix not in PICTURES:
             raise UserError(f"--gantt {picture} must end with .svg or .png; choose another name")
-        check_plotting()
+        check_plotting("--gantt")
     for file in (out, picture):
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"cannot write {file}: there is no such folder; make it or choose another file")

@@ -79,7 +79,7 @@ def simulate_file(scenario: Scenario, folder: Path, *, out: Path | None) -> dict
     """
     if out is None:
         return simulate(scenario, folder)
-    check_plotting()
+    check_plotting("--out")
     target = out / "result.json"
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -29,14 +29,20 @@ def _figure() -> Figure:
 
 
 def _iterations(columns: dict[str, list[Any]], title: str) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure()
     times, fates = figure.subplots(2, 1, sharex=True)
     numbers = columns["iteration"]
     times.plot(numbers, columns["median_s"], marker=".")
     times.set(title=title, ylabel="median seconds", ylim=(0.0, None))
     straight = [all_ - rerouted for all_, rerouted in zip(columns["returned"], columns["rerouted"], strict=True)]
-    fates.stackplot(numbers, straight, columns["rerouted"], columns["lost"], labels=["returned", "rerouted", "lost"])
+    below = [0] * len(numbers)
+    for label, heights in (("returned", straight), ("rerouted", columns["rerouted"]), ("lost", columns["lost"])):
+        fates.bar(numbers, heights, bottom=below, width=1.0, label=label)
+        below = [height + more for height, more in zip(below, heights, strict=True)]
     fates.set(xlabel="iteration", ylabel="microbatches", ylim=(0.0, None))
+    fates.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (times, fates):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3)
@@ -46,12 +52,13 @@ def _iterations(columns: dict[str, list[Any]], title: str) -> Figure:
 def _peers(columns: dict[str, list[Any]], title: str) -> Figure:
     figure = _figure()
     axes = figure.subplots()
-    for stage, numbers in enumerate(zip(*columns["peers"], strict=True)):
-        axes.step(columns["ended_s"], numbers, where="post", label=f"stage {stage}")
-    axes.set(title=title, xlabel="virtual seconds", ylabel="peers", ylim=(0.0, None))
-    axes.grid(alpha=0.3)
     if columns["peers"]:
+        stages = list(zip(*columns["peers"], strict=True))
+        labels = [f"stage {stage}" for stage in range(len(stages))]
+        axes.stackplot(columns["ended_s"], *stages, labels=labels, step="post")
         figure.legend(loc="outside lower center", ncols=4)
+    axes.set(title=title, xlabel="virtual seconds", ylabel="peers, stage upon stage", ylim=(0.0, None))
+    axes.grid(alpha=0.3)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,12 @@ def test_wrong_options_get_one_line_before_any_search(tmp_path: Path) -> None:
         assert "folder.svg: Is a directory; choose another file" in str(result.exception)
     missing = CliRunner().invoke(app, ["plan", str(tmp_path / "none.json")])
     assert "No such file" in str(missing.exception)
+
+
+def test_without_matplotlib_the_picture_is_refused_and_its_option_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = run(tmp_path, drawn_document(1), "--gantt", str(tmp_path / "plan.svg"))
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).endswith("or leave out --gantt")
