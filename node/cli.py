@@ -284,17 +284,25 @@ def demo(
 @app.command()
 def simulate(
     scenario: Annotated[Path, typer.Argument(help="Scenario file; examples are in docs/scenarios.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.FIELD=VALUE", help="Change the scenario: swarm.peers=200; may be repeated."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for result.json and plots (PNG and SVG); made if missing.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON instead.")] = False,
 ) -> None:
-    """Try a swarm of up to thousands of peers in one process, in virtual time: the real averaging on a toy problem."""
-    from node.scenario import load_scenario
-    from node.simulate import simulate_file
-    from node.simulate_view import render_simulation
+    """Try a swarm of up to thousands of peers in one process, in virtual time: the real averaging on a toy problem, and the real
+    pipelines where the scenario splits the model into stages."""
+    from node.simulation.run import simulate_file
+    from node.simulation.scenario import load_scenario
+    from node.simulation.view import render_simulation
 
-    result = simulate_file(load_scenario(scenario), scenario.parent, out=out)
+    changed = load_scenario(scenario, dict(_setting(text) for text in settings or []))
+    result = simulate_file(changed, scenario.parent, out=out)
     if as_json:
         say(json.dumps(result))
     else:

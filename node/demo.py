@@ -1,7 +1,7 @@
 """`llm-node demo`: a whole swarm on one machine, shown as a user would run it.
 
 With the libp2p transport it types the real commands (`init`, `bootstrap`, several `join`, `generate`, `export`), each in its
-own process, and reads their events. With the memory transport (node/simulated.py) the same peers run in one process in
+own process, and reads their events. With the memory transport (node/simulation/demo.py) the same peers run in one process in
 virtual time, so that the result does not depend on how many peers share this machine's cores.
 """
 
@@ -61,7 +61,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     folder.mkdir(parents=True)
     (folder / ".llm-node-demo").touch()
     if options.memory:
-        from node.simulated import run_simulated_demo
+        from node.simulation.demo import run_simulated_demo
 
         console = Console(stderr=True)
         console.print(

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -27,8 +28,9 @@ LINKS_AND_ADDRESSES_BYTES = 2400
 """Of a record; what else is in it takes at most 1.6 KiB."""
 
 
+@lru_cache(maxsize=1)
 def software_version() -> str:
-    """Version of the installed llm-node."""
+    """Version of the installed llm-node; looked up once, since that reads and parses a file, and every record holds it."""
     try:
         return version("llm-node")
     except PackageNotFoundError:  # run from a plain source tree

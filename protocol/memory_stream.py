@@ -2,7 +2,7 @@
 
 A pipe is a queue of chunks with arrival times. What was written waits in `_in_flight` until it arrives, then in `_arrived`
 until it is read; both together never exceed WINDOW_BYTES, or the writer waits. Chunks of all streams of one direction of
-a link share its bandwidth, first come first served.
+a link share its bandwidth, first come first served. What is `Hollow` takes its time like everything else, and is never copied.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from protocol.errors import StreamClosedError
 from protocol.ids import PeerId
 from protocol.transport import Stream, Traffic
 
-__all__ = ["LinkSpec", "MemoryStream", "Pipe", "Wire"]
+__all__ = ["Hollow", "LinkSpec", "MemoryStream", "Pipe", "Wire"]
 
 WINDOW_BYTES = 4 << 20
 _CHUNK_BYTES = 1 << 18
+
+
+class Hollow(bytes):
+    """Bytes of which only the number matters: simulated payloads. Whoever reads them by `read_into` finds nothing written there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class Pipe:
     def __init__(self, wire: Wire, *, blocked: Callable[[], bool]) -> None:
         self._wire = wire
         self._blocked = blocked
-        self._in_flight: deque[tuple[float, bytes | None]] = deque()  # None marks the end of the stream
+        self._in_flight: deque[tuple[float, bytes | memoryview | None]] = deque()  # None marks the end of the stream
         self._arrived: deque[memoryview] = deque()
         self._held_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -67,7 +71,8 @@ class Pipe:
 
     async def put(self, data: memoryview) -> None:
         for start in range(0, len(data), _CHUNK_BYTES):
-            chunk = bytes(data[start : start + _CHUNK_BYTES])
+            piece = data[start : start + _CHUNK_BYTES]
+            chunk = piece if isinstance(piece.obj, Hollow) else bytes(piece)
             while self._held_bytes + len(chunk) > WINDOW_BYTES and not self.ended:
                 await self._changed.wait()
             if self.ended or self._finished:
@@ -92,7 +97,7 @@ class Pipe:
             self._timer = None
         self._wake()
 
-    def _send(self, chunk: bytes | None) -> None:
+    def _send(self, chunk: bytes | memoryview | None) -> None:
         now_s = asyncio.get_running_loop().time()
         self._in_flight.append((self._wire.arrival_s(len(chunk or b""), now_s), chunk))
         self.pump()
@@ -121,8 +126,8 @@ class Pipe:
             self._arrived.append(memoryview(chunk))
         self._wake()
 
-    async def take(self, num_bytes: int) -> bytes:
-        parts: list[memoryview] = []
+    async def pieces(self, num_bytes: int) -> AsyncIterator[memoryview]:
+        """The next `num_bytes`, as they arrive."""
         missing = num_bytes
         while missing:
             while not self._arrived:
@@ -133,11 +138,10 @@ class Pipe:
             if len(head) > missing:
                 self._arrived.appendleft(head[missing:])
                 head = head[:missing]
-            parts.append(head)
             missing -= len(head)
             self._held_bytes -= len(head)
             self._wake()
-        return b"".join(parts)
+            yield head
 
 
 class MemoryStream(Stream):
@@ -164,9 +168,19 @@ class MemoryStream(Stream):
     async def read_exactly(self, num_bytes: int) -> bytes:
         if self._closed:
             raise StreamClosedError("the stream is closed")
-        data = await self._incoming.take(num_bytes)
+        data = b"".join([piece async for piece in self._incoming.pieces(num_bytes)])
         self._traffic.received_bytes += num_bytes
         return data
+
+    async def read_into(self, out: memoryview) -> None:
+        if self._closed:
+            raise StreamClosedError("the stream is closed")
+        filled = 0
+        async for piece in self._incoming.pieces(out.nbytes):
+            if not isinstance(piece.obj, Hollow):
+                out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        self._traffic.received_bytes += out.nbytes
 
     async def write(self, data: bytes | memoryview) -> None:
         if self._breaks():

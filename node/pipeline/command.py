@@ -46,12 +46,12 @@ def plan(
     from node.pipeline.case import load_case
     from node.pipeline.solver import solve
     from node.pipeline.view import draw_gantt, render_solution
-    from node.simulate_plots import check_plotting
+    from node.plotting import check_plotting
 
     if picture is not None:
         if picture.suffix not in PICTURES:
             raise UserError(f"--gantt {picture} must end with .svg or .png; choose another name")
-        check_plotting()
+        check_plotting("--gantt")
     for file in (out, picture):
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"cannot write {file}: there is no such folder; make it or choose another file")

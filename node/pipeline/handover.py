@@ -22,7 +22,7 @@ from node.pipeline.rules import is_order
 from protocol.errors import LlmNodeError, ProtocolError
 from protocol.ids import PeerId, RunId
 from protocol.transport import Stream, Transport
-from protocol.wire import read_bulk, read_message, write_bulk, write_message
+from protocol.wire import bulk_buffer, read_bulk_into, read_message, write_bulk, write_message
 
 __all__ = ["Handover", "Router", "StageTerms"]
 
@@ -114,7 +114,7 @@ class Handover:
         await self.lose(task)
         return False
 
-    async def input_of(self, task: Task) -> bytes:
+    async def input_of(self, task: Task) -> memoryview:
         """What the peer before `task.position` sent on in its forward pass.
 
         Raises:
@@ -127,7 +127,9 @@ class Handover:
                 await write_message(stream, request)
                 if not (await read_message(stream, Reply)).ok:
                     raise ProtocolError("the input of a microbatch is gone")
-                return bytes(await read_bulk(stream, self._terms.payload_bytes))
+                payload = bulk_buffer(self._terms.payload_bytes)
+                await read_bulk_into(stream, payload)
+                return payload
 
     async def lose(self, task: Task) -> None:
         """Tell the origin that a microbatch goes no further; it knows by itself if that is us."""

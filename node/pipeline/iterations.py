@@ -96,7 +96,7 @@ class Iterations:
             async with asyncio.timeout(self._timeout_s):
                 if self._trainer.stage == 0:
                     await self._send(number, batches, losses)
-                is_complete = await self._server.wait_for_end(self.awaited())
+                is_complete = await self._server.wait_for_end(self.awaited)
         self._listen()
         self._server.close_iteration()
         tokens = await self._compute.run(self._trainer.step, least_tokens=self._least_tokens)

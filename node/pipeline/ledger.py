@@ -122,14 +122,19 @@ class Ledger:
             self._ended[peer] = max(iteration, self._ended.get(peer, -1))
             self._change()
 
+    def look_again(self) -> None:
+        """Who holds what may have changed."""
+        self._change()
+
     def has_ended(self, peer: PeerId) -> bool:
         """Whether it has said so of the present iteration, or of a later one."""
         return self._ended.get(peer, -1) >= self.iteration
 
-    async def wait_for_end(self, origins: Iterable[PeerId]) -> bool:
-        """Until all of these have said that the iteration ended (True), or most of them are further on (False)."""
-        wanted = list(origins)
-        while not all(self.has_ended(peer) for peer in wanted):
+    async def wait_for_end(self, origins: Callable[[], Iterable[PeerId]]) -> bool:
+        """Until all of these have said that the iteration ended (True), or most of them are further on (False). They are asked for
+        again after every look: who is gone from the swarm is not waited for any more, and who is new not yet."""
+        wanted = set(origins())
+        while not all(self.has_ended(peer) for peer in wanted.intersection(origins())):
             if self._swarm_iteration() > self.iteration + 1:
                 return False
             await self._changed.wait()

@@ -32,7 +32,7 @@ from node.pipeline.worker import MicrobatchKey, StageWorker
 from protocol.errors import LlmNodeError, ProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.transport import Stream, Transport
-from protocol.wire import read_bulk, read_message, write_bulk, write_message
+from protocol.wire import bulk_buffer, read_bulk_into, read_message, write_bulk, write_message
 
 __all__ = ["StageServer"]
 
@@ -131,14 +131,18 @@ class StageServer:
                 if peer != self._terms.peer:
                     tasks.create_task(self._handover.notify(peer, notice))
 
-    async def wait_for_end(self, origins: Iterable[PeerId]) -> bool:
+    async def wait_for_end(self, origins: Callable[[], Iterable[PeerId]]) -> bool:
         """Until all of these have said that the iteration ended (True), or most of them are further on (False); the caller sets
-        the deadline."""
+        the deadline. They are asked for again after every look."""
         return await self._ledger.wait_for_end(origins)
 
     def note_end(self, peer: PeerId, iteration: int) -> None:
         """Somebody else says that an origin has ended that iteration: its own record."""
         self._ledger.note_end(peer, iteration)
+
+    def look_again(self) -> None:
+        """The router has been brought up to date."""
+        self._ledger.look_again()
 
     def has_ended(self, peer: PeerId) -> bool:
         """Whether that origin has said that the iteration ended."""
@@ -348,9 +352,10 @@ class StageServer:
         loop = asyncio.get_running_loop()
         asked_s = loop.time()
         await write_message(stream, Reply(ok=True))
-        payload = await read_bulk(stream, self._terms.payload_bytes)
+        payload = bulk_buffer(self._terms.payload_bytes)
+        await read_bulk_into(stream, payload)
         if self._links is not None:
-            self._links.note_transfer(stream.peer, len(payload), loop.time() - asked_s)
+            self._links.note_transfer(stream.peer, self._terms.payload_bytes, loop.time() - asked_s)
         try:
             return await self._compute.run(self._codec.decode, payload)
         except ProtocolError:

@@ -51,6 +51,7 @@ class PipelineSteps(InnerSteps):
         heldout: the held-out set [T].
         identity: signs plans.
         directory: of all peers, whatever their stage.
+        codec: of activations; left out, the run's.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PipelineSteps(InnerSteps):
         directory: Directory,
         progress: Progress,
         events: EventLog,
+        codec: ActivationCodec | None = None,
     ) -> None:
         manifest = trainer.manifest
         spec, inner = manifest.pipeline, manifest.inner
@@ -71,7 +73,7 @@ class PipelineSteps(InnerSteps):
         self._trainer, self._directory, self._progress, self._events = trainer, directory, progress, events
         self._peer, self._spec, self._inner_steps = transport.peer_id, spec, manifest.sync.inner_steps
         shape = (spec.microbatch_sequences, inner.sequence_tokens, manifest.model.hidden_size)
-        codec = ActivationCodec(spec.codec, shape)
+        codec = codec or ActivationCodec(spec.codec, shape)
         self._stages = StageMap(num_stages=spec.stages, path_length=spec.path_length)
         self.violations: Counter[PeerId] = Counter()
         self._links = Links(transport)
@@ -155,6 +157,7 @@ class PipelineSteps(InnerSteps):
                     self._server.note_end(peer, record.iteration - 1)
         peers[self._peer] = Replica(stage=self._trainer.stage, forward_s=self._progress.forward_s)
         self._stages.update(peers)
+        self._server.look_again()
 
     @property
     def watchers(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:

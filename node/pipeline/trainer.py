@@ -24,12 +24,14 @@ class StageTrainer(TrainingState):
         manifest: the run; it has `pipeline.stages` stages.
         stage: which of them.
         device: torch device of the training state.
+        model: what to train; left out, that stage of the run's model with its initial weights.
     """
 
-    def __init__(self, manifest: Manifest, *, stage: int, device: str = "cpu") -> None:
+    def __init__(self, manifest: Manifest, *, stage: int, device: str = "cpu", model: Stage | None = None) -> None:
         self.stage = stage
-        model = Stage(model_config(manifest), stage, manifest.pipeline.stages)
-        initialise(model, manifest.initial_state.seed)
+        if model is None:
+            model = Stage(model_config(manifest), stage, manifest.pipeline.stages)
+            initialise(model, manifest.initial_state.seed)
         super().__init__(manifest, model.to(device))
         self.worker = StageWorker(model)
 

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from node.scenario import Scenario
-from node.simulate import simulate
+from node.simulation.run import simulate
+from node.simulation.scenario import Scenario
 
 __all__ = ["exchange_times", "main", "measure", "messages_per_round", "pair_times", "spread_by_loss", "tree_time"]
 

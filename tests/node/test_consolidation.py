@@ -16,7 +16,7 @@ from averaging.replica import Replica
 from averaging.update import Update
 from model.checkpoint import load_newest
 from node import consolidation
-from node.simulated import run_swarm
+from node.simulation.demo import run_swarm
 from protocol.memory import LinkSpec
 from protocol.virtual_time import run_virtual
 from tests.node.memory_swarm import MemorySwarm, phi

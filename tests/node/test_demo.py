@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import node.simulated
+import node.simulation.demo
 from node.demo import run_demo, show_result
 from node.demo_settings import DemoOptions
 
@@ -37,7 +37,7 @@ def test_the_outcome_is_one_sentence() -> None:
 def test_the_memory_demo_says_what_came_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(node.simulated, "run_simulated_demo", lambda options, folder: RESULT)
+    monkeypatch.setattr(node.simulation.demo, "run_simulated_demo", lambda options, folder: RESULT)
     options = DemoOptions(peers=3, rounds=1, seed=0, folder=tmp_path / "demo", memory=True)
     assert run_demo(options) == RESULT
     assert "Held-out loss 6.950 → 3.475" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from protocol.errors import DeadlineError, PeerUnreachableError, StreamClosedErr
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.memory import KEEPALIVE_S, LinkSpec, MemoryNetwork, MemoryTransport, run_virtual
+from protocol.memory_stream import Hollow
 from protocol.transport import Stream
 
 A, B, C = (Identity.generate(bytes([number]) * 32).peer_id for number in range(3))
@@ -82,6 +83,32 @@ def test_streams_share_the_bandwidth_of_their_link() -> None:
         assert now_s() == pytest.approx(2.0, abs=1e-3)
 
     with_peers(MemoryNetwork(link=LinkSpec(bytes_per_s=1e6)), scenario)
+
+
+def test_hollow_bytes_take_their_time_and_are_not_copied() -> None:
+    async def scenario(a: MemoryTransport, b: MemoryTransport) -> None:
+        found: list[bytes] = []
+
+        async def swallow(stream: Stream) -> None:
+            out = bytearray(b"." * 8)
+            await stream.read_into(memoryview(out)[:3])
+            await stream.read_into(memoryview(out)[3:])
+            found.append(bytes(out))
+            found.append(await stream.read_exactly(1_999_998))
+            await stream.write(b"k")
+
+        b.handle("/llm-node/sink/1", swallow)
+        async with await a.open(B, "/llm-node/sink/1") as stream:
+            await stream.write(b"true")
+            await stream.write(memoryview(Hollow(2_000_000))[:1_999_999])
+            await stream.write(b"end")
+            await stream.read_exactly(1)
+        assert found[0] == b"true....", "nothing is written where hollow bytes go"
+        assert found[1] == bytes(1_999_995) + b"end"
+        assert now_s() == pytest.approx(0.1 + 2.0 + 2 * 0.05, abs=1e-3)
+        assert b.traffic.received_bytes == 2_000_006
+
+    with_peers(MemoryNetwork(link=LinkSpec(latency_s=0.05, bytes_per_s=1e6)), scenario)
 
 
 def test_one_slow_link_does_not_slow_the_others() -> None:

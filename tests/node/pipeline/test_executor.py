@@ -194,13 +194,29 @@ def test_an_iteration_ends_for_all_when_every_origin_says_so() -> None:
             origins = [pipeline.at(0, 0), pipeline.at(0, 1)]
             paths = [[origin.peer, pipeline.at(1).peer] for origin in origins]
             everybody = [each.peer for each in pipeline.peers]
-            waiting = asyncio.create_task(pipeline.at(1).server.wait_for_end(path[0] for path in paths))
+            waiting = asyncio.create_task(pipeline.at(1).server.wait_for_end(lambda: [path[0] for path in paths]))
             await train_all(pipeline, paths)
             await origins[0].server.announce_end(everybody)
             await asyncio.sleep(1.0)
             assert not waiting.done()
             await origins[1].server.announce_end(everybody)
             await asyncio.wait_for(waiting, 1.0)
+
+    run_virtual(story())
+
+
+def test_an_origin_that_has_left_the_swarm_is_not_waited_for() -> None:
+    async def story() -> None:
+        async with Pipeline(2, replicas=2) as pipeline:
+            server, origins = pipeline.at(1).server, {pipeline.at(0, 0).peer, pipeline.at(0, 1).peer}
+            waiting = asyncio.create_task(server.wait_for_end(lambda: sorted(origins)))
+            server.note_end(pipeline.at(0, 0).peer, 0)
+            await asyncio.sleep(1.0)
+            assert not waiting.done()
+            origins.add(pipeline.at(1, 1).peer)  # a new one, whom nobody knew when the iteration began
+            origins.remove(pipeline.at(0, 1).peer)  # the directory does not show it any more
+            server.look_again()
+            assert await asyncio.wait_for(waiting, 1.0) is True
 
     run_virtual(story())
 
@@ -279,7 +295,9 @@ def test_a_frozen_peer_goes_on_where_most_origins_are() -> None:
     async def story() -> None:
         async with Pipeline(2, replicas=3) as pipeline:
             server = pipeline.at(1).server
-            waiting = asyncio.create_task(server.wait_for_end(pipeline.at(0, number).peer for number in range(3)))
+            waiting = asyncio.create_task(
+                server.wait_for_end(lambda: [pipeline.at(0, number).peer for number in range(3)])
+            )
             await asyncio.sleep(1.0)
             for number, iteration in enumerate((7, 8)):
                 server.note_end(pipeline.at(0, number).peer, iteration)

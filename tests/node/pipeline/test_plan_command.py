@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,12 @@ def test_what_to_plan_must_be_said_once(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, UserError)
         assert "give a case file to plan, or --peer" in str(result.exception)
+
+
+def test_without_matplotlib_the_picture_is_refused_and_its_option_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = run(tmp_path, drawn_document(1), "--gantt", str(tmp_path / "plan.svg"))
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).endswith("or leave out --gantt")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from node.quadratic import Quadratic, QuadraticConfig, common_optimum, loss_of
-from node.scenario import Scenario
-from node.simulate import simulate
+from node.simulation.quadratic import Quadratic, QuadraticConfig, common_optimum, loss_of
+from node.simulation.run import simulate
+from node.simulation.scenario import Scenario
 from protocol import directory
 
 LINKS = {"latency_s": 0.02}
@@ -53,14 +53,14 @@ def test_the_same_seed_gives_the_same_result_to_the_last_bit() -> None:
 @pytest.mark.slow
 def test_the_result_does_not_depend_on_the_order_of_sets() -> None:
     script = (
-        "import json; from tests.node.test_simulate import BUSY, scenario; from node.simulate import simulate;"
+        "import json; from tests.node.simulation.test_run import BUSY, scenario; from node.simulation.run import simulate;"
         "print(json.dumps(simulate(scenario(40, 4, **BUSY))))"
     )
     outputs = {
         subprocess.run(
             [sys.executable, "-c", script],
             env=os.environ | {"PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             capture_output=True,
             text=True,
             check=True,

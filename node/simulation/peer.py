@@ -12,19 +12,21 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from averaging.admission import AdmissionConfig
 from averaging.averager import Averager, ExchangeResult
 from averaging.replica import Replica, ReplicaConfig
 from averaging.update import Update
 from node.mixing import foreign_bucket
-from node.quadratic import Quadratic, QuadraticConfig, loss_of
 from node.round_clock import MAX_STRETCH, RoundClock
 from node.rounds import DEADLINE_SHARE
-from node.scenario import Scenario
-from node.simulate_tally import Tally
+from node.simulation.population import Member
+from node.simulation.quadratic import Quadratic, QuadraticConfig, loss_of
+from node.simulation.scenario import Scenario
+from node.simulation.tally import Tally
 from protocol.directory import Directory, validate_entry
 from protocol.identity import Identity
 from protocol.ids import PeerId, RunId
@@ -33,9 +35,11 @@ from protocol.memory_links import Chance, Counts
 from protocol.records import PeerRecord
 from protocol.transport import Traffic
 
-__all__ = ["SimulatedPeer", "World"]
+__all__ = ["SimulatedPeer", "World", "identity_of", "own_speed", "problem_of", "replica_config", "run_id_of"]
 
 TOKENS_PER_STEP = 1000
+_LATER_SETTINGS: Any = {"pipeline": True, "model": True, "links": {"classes"}}
+"""They came after results had been published, whose lots they leave as they were."""
 
 State = Literal["training", "leaving"]
 
@@ -63,7 +67,7 @@ class World:
     tally: Tally
 
 
-class SimulatedPeer:
+class SimulatedPeer(Member):
     """One peer. Make it, then `live`.
 
     Args:
@@ -75,7 +79,7 @@ class SimulatedPeer:
         self.world, self.number = world, number
         scenario = world.scenario
         self._identity = identity_of(scenario.swarm.seed, number)
-        self.peer_id: PeerId = self._identity.peer_id
+        self.peer_id = self._identity.peer_id
         self.transport = MemoryTransport(world.network, self.peer_id, validator=validate_entry)
         self.directory = Directory(dht=self.transport.dht, identity=self._identity, run=world.run)
         self.round = 0
@@ -101,11 +105,6 @@ class SimulatedPeer:
         self.round = donor.round
 
     async def live(self, *, start_s: float = 0.0) -> None:
-        """Take part until the last round is done.
-
-        Args:
-            start_s: loop time before which it only makes itself known.
-        """
         loop = asyncio.get_running_loop()
         async with self.transport, self._averager, asyncio.TaskGroup() as tasks:
             await self.directory.publish(self._record("training"))
@@ -118,11 +117,9 @@ class SimulatedPeer:
             await self.say_goodbye()
 
     async def say_goodbye(self) -> None:
-        """Tell the directory that this peer leaves."""
         await self.directory.publish(self._record("leaving"))
 
-    def count_network(self) -> None:
-        """Tell the tally what this peer has sent and asked for since it found the swarm."""
+    def close(self) -> None:
         if self._arrival is not None:
             self.world.tally.count_network(self.transport.traffic, self.transport.counts, since=self._arrival)
 
@@ -256,10 +253,38 @@ class SimulatedPeer:
 
     def _draw_step_s(self) -> float:
         training, chance = self.world.scenario.training, self.world.chance
-        own_s = chance.log_normal(training.step_s, training.peer_ratio, "speed", self.number)
-        if chance.uniform("slow", self.number) < training.slow_share:
-            own_s *= training.slow_factor
+        own_s = own_speed(self.world.scenario, chance, training.step_s, self.number)
         return chance.log_normal(own_s, training.round_ratio, "round", self.number, self.round)
+
+
+def replica_config(scenario: Scenario) -> ReplicaConfig:
+    """The scenario's [sync] and [safety] as the replica's own configuration."""
+    safety = scenario.safety
+    return ReplicaConfig.of(scenario.sync, admission=None if safety is None else AdmissionConfig(**safety.model_dump()))
+
+
+def problem_of(scenario: Scenario, *, stage: int = 0) -> QuadraticConfig:
+    """What a peer trains; every stage has an optimum of its own."""
+    training = scenario.training
+    return QuadraticConfig(
+        num_parameters=scenario.swarm.parameters,
+        lr=training.lr,
+        noise=training.noise,
+        data_spread=training.data_spread,
+        seed=scenario.swarm.seed + (stage << 64),
+    )
+
+
+def own_speed(scenario: Scenario, chance: Chance, mean_s: float, number: int) -> float:
+    """The seconds that a peer needs for what takes `mean_s` on average."""
+    training = scenario.training
+    own_s = chance.log_normal(mean_s, training.peer_ratio, "speed", number)
+    return own_s * training.slow_factor if chance.uniform("slow", number) < training.slow_share else own_s
+
+
+def run_id_of(scenario: Scenario) -> RunId:
+    """An id like a real run's; other settings, another lot in everything that is drawn from it."""
+    return RunId(hashlib.sha256(scenario.model_dump_json(exclude=_LATER_SETTINGS).encode()).hexdigest())
 
 
 def identity_of(seed: int, number: int) -> Identity:

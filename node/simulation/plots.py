@@ -1,39 +1,42 @@
-"""A simulation's result as plots. The only place that imports matplotlib, which comes with the extra `simulate`."""
+"""A simulation's result as plots. They need matplotlib, see node/plotting.py."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from protocol.errors import UserError
+from node.simulation.staged_plots import staged_figures
 
-__all__ = ["check_plotting", "write_plots"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write_plots"]
 
 _SIZE_INCHES = (7.0, 4.5)
 
 
-def check_plotting() -> None:
-    """Make sure, before a long simulation, that plots can be made after it.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib; install it with: pip install 'llm-node[simulate]', or leave out --out")
-
-
 def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what `node.simulate.simulate` returns, each plot as PNG and SVG.
+    """Draw what `node.simulation.run.simulate` returns, each plot as PNG and SVG.
 
     Returns:
         The files, the same bytes for the same result and version of matplotlib.
     """
     from matplotlib import rc_context
+
+    files: list[Path] = []
+    plots = staged_figures(result) if "stages" in result else _figures(result)
+    for name, figure in plots.items():
+        with rc_context({"svg.hashsalt": "llm-node"}):
+            for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+                files.append(folder / f"{name}.{kind}")
+                figure.savefig(files[-1], metadata=metadata)
+    return files
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Figure]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    files: list[Path] = []
     columns = result["by_round"]
     title = f"{result['name']}: {result['peers']} peers, {result['algorithm']}"
     spread = Figure(figsize=_SIZE_INCHES, layout="constrained")
@@ -54,9 +57,4 @@ def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
         axes.set(title=title, xlabel="seconds from the search's start to the commit", ylabel="share of exchanges")
         axes.grid(alpha=0.3)
         plots["exchanges"] = times
-    for name, figure in plots.items():
-        with rc_context({"svg.hashsalt": "llm-node"}):
-            for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-                files.append(folder / f"{name}.{kind}")
-                figure.savefig(files[-1], metadata=metadata)
-    return files
+    return plots

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from node.quantities import count, duration, size
+from node.simulation.staged_view import render_staged
 
 __all__ = ["render_simulation"]
 
@@ -16,7 +17,9 @@ MAX_ROUNDS_SHOWN = 12
 
 
 def render_simulation(result: dict[str, Any]) -> RenderableType:
-    """Draw what `node.simulate.simulate` returns."""
+    """Draw what `node.simulation.run.simulate` returns."""
+    if "stages" in result:
+        return render_staged(result)
     title = (
         f"{result['name']}: {result['peers']} peers, {result['rounds']} rounds of {result['algorithm']}, "
         f"{duration(result['virtual_s'])} of virtual time"

@@ -2,7 +2,8 @@
 
     [swarm]     size, rounds, seed          [links]   latency, bandwidth, losses
     [training]  speeds and the toy problem  [churn]   who comes and goes
-    [sync] and [safety] are the run manifest's sections, word for word.
+    [model]     what is split into stages, where [pipeline] asks for more than one
+    [sync], [safety] and [pipeline] are the run manifest's sections, word for word.
 
 Every field's description is its documentation. Whatever is wrong is said in one line before anything is simulated.
 """
@@ -11,16 +12,28 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from model.config import PRESETS
 from protocol.errors import UserError
-from protocol.manifest import SafetySpec, SyncSpec
+from protocol.manifest import PipelineSpec, SafetySpec, SyncSpec
 from protocol.sync_spec import FRAGMENT_BLOCK
 
-__all__ = ["MAX_PEERS", "ChurnSection", "LinksSection", "Scenario", "SwarmSection", "TrainingSection", "load_scenario"]
+__all__ = [
+    "MAX_PEERS",
+    "ChurnSection",
+    "LineClass",
+    "LinksSection",
+    "ModelSection",
+    "Scenario",
+    "SwarmSection",
+    "TrainingSection",
+    "load_scenario",
+]
 
 MAX_PEERS = 16_384
 MAX_GROUP_PEERS = 64
@@ -51,7 +64,7 @@ class SwarmSection(_Section):
 
 
 class TrainingSection(_Section):
-    """Speeds, and the toy problem that stands in for training (see node/quadratic.py)."""
+    """Speeds, and the toy problem that stands in for training (see node/simulation/quadratic.py)."""
 
     step_s: float = Field(default=1.0, gt=0.0, le=86_400.0)
     """Mean seconds of an inner step."""
@@ -71,6 +84,41 @@ class TrainingSection(_Section):
     """Distance h of a peer's own optimum from the common one, in the same units."""
 
 
+class ModelSection(_Section):
+    """What the stages are parts of: how long a pass takes, and how many bytes travel. Peers differ by [training]'s ratios."""
+
+    preset: str = "1b"
+    """Shape of the model, as for `llm-node init --model`."""
+    sequence_tokens: int = Field(default=1024, ge=16, le=131_072)
+    """Tokens per sequence."""
+    forward_s: float = Field(default=1.0, gt=0.0, le=86_400.0)
+    """Mean seconds of a forward pass of one microbatch through one stage."""
+    backward_multiplier: float = Field(default=3.0, gt=0.0, le=100.0)
+    """Backward pass over forward pass. It runs the forward pass again, so it is about three of them."""
+    loss_multiplier: float = Field(default=1.0, ge=0.0, le=100.0)
+    """Head and loss, there and back, over a forward pass."""
+
+    @field_validator("preset")
+    @classmethod
+    def _is_known(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            raise ValueError(f"no model preset {preset!a}; choose one of {', '.join(PRESETS)}")
+        return preset
+
+
+class LineClass(_Section):
+    """One kind of line that peers have; a link is as fast as the slower of its sender's uplink and its receiver's downlink."""
+
+    share: float = Field(gt=0.0, le=1.0)
+    """Share of the peers that have it."""
+    up_bytes_per_s: float = Field(gt=0.0, le=1e12)
+    """Bandwidth of what such a peer sends, to each other peer."""
+    down_bytes_per_s: float = Field(gt=0.0, le=1e12)
+    """Bandwidth of what it receives, from each."""
+    latency_s: float = Field(default=0.0, ge=0.0, le=60.0)
+    """What it adds to a link's latency, one way."""
+
+
 class LinksSection(_Section):
     """What the peers' links are like."""
 
@@ -87,10 +135,21 @@ class LinksSection(_Section):
     matrix: str | None = None
     """CSV file of measured links with the columns from,to,latency_ms,mbit_per_s, beside the scenario. Names are sites; peers
     are spread over them in turn. It replaces latency_s and bytes_per_s and the ratios between pairs."""
+    classes: list[LineClass] = []
+    """Kinds of lines, drawn once per peer; they replace bytes_per_s. Every link has its bandwidth to itself."""
     exchange_loss: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of exchanges whose stream breaks after both sides have agreed on them, so that both step alone."""
     write_loss: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability, per message, that its stream breaks, whatever it carries; proposals are then made again."""
+
+    @model_validator(mode="after")
+    def _classes_are_whole(self) -> Self:
+        total = sum(each.share for each in self.classes)
+        if self.classes and self.matrix is not None:
+            raise ValueError("links.classes and links.matrix exclude each other; remove one")
+        if self.classes and abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the shares of links.classes make {total:g} instead of 1; change one")
+        return self
 
 
 class ChurnSection(_Section):
@@ -115,6 +174,8 @@ class Scenario(_Section):
     training: TrainingSection = TrainingSection()
     links: LinksSection = LinksSection()
     churn: ChurnSection = ChurnSection()
+    pipeline: PipelineSpec = PipelineSpec()
+    model: ModelSection = ModelSection()
     sync: SyncSpec = SyncSpec()
     safety: SafetySpec | None = None
     """Bounds on partners' updates; left out, every finite update is taken, so that averaging is seen by itself."""
@@ -138,6 +199,35 @@ class Scenario(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stages_are_possible(self) -> Self:
+        stages = self.pipeline.stages
+        if stages == 1:
+            if "model" in self.model_fields_set:
+                raise ValueError("section model is for pipelines; set pipeline.stages above 1, or remove it")
+            return self
+        if stages > self.swarm.peers:
+            raise ValueError(
+                f"pipeline.stages {stages} needs as many peers, and swarm.peers is {self.swarm.peers}; raise it, or lower stages"
+            )
+        shape = PRESETS[self.model.preset]
+        if stages > shape.num_layers:
+            raise ValueError(
+                f"pipeline.stages {stages} is more than the {shape.num_layers} layers of model.preset {self.model.preset}; "
+                "lower it, or choose a larger model"
+            )
+        if self.model.sequence_tokens > shape.max_sequence_tokens:
+            raise ValueError(
+                f"model.sequence_tokens must not exceed the {shape.max_sequence_tokens} of model.preset {self.model.preset}; "
+                "lower it"
+            )
+        return self
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether the model is split."""
+        return self.pipeline.stages > 1
+
     @property
     def num_rounds(self) -> int:
         """Rounds that are simulated."""
@@ -145,14 +235,23 @@ class Scenario(_Section):
         return min(self.swarm.rounds, total) if total else self.swarm.rounds
 
 
-def load_scenario(path: Path) -> Scenario:
+def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
     """Read and check a scenario file.
+
+    Args:
+        path: the file.
+        overrides: values to put in place of the file's, by dotted name (`swarm.peers`).
 
     Raises:
         UserError: it can not be read, is not TOML, or holds an unknown key, a wrong type or an impossible value; one line.
     """
     try:
-        return Scenario.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        for name, value in (overrides or {}).items():
+            section, _, key = name.partition(".")
+            old = fields.get(section)
+            fields[section] = {**(old if isinstance(old, dict) else {}), key: value}
+        return Scenario.model_validate(fields)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the path of a scenario file") from None
     except ValidationError as error:

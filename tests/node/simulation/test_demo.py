@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from node.demo_check import relative_spread
-from node.simulated import run_swarm
+from node.simulation.demo import run_swarm
 from protocol.virtual_time import run_virtual
 from tests.node.memory_swarm import MemorySwarm, phi
 from tests.node.runs import tiny_run

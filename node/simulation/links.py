@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from node.scenario import LinksSection
+from node.simulation.scenario import LineClass, LinksSection, Scenario
 from protocol.errors import UserError
 from protocol.ids import PeerId
+from protocol.memory import MemoryNetwork
 from protocol.memory_links import Chance, LinkTable, RandomLink
 
-__all__ = ["Sites", "link_table", "read_matrix", "typical_link"]
+__all__ = ["Sites", "link_table", "network_of", "read_matrix", "typical_link"]
 
 COLUMNS = ["from", "to", "latency_ms", "mbit_per_s"]
 WRITES_TO_AGREE = 2
@@ -71,7 +72,12 @@ def link_table(links: LinksSection, *, seed: int, sites: Sites | None, number_of
     def drawn(source: PeerId, target: PeerId) -> tuple[float, float]:
         pair = sorted((source, target))
         latency_s = chance.log_normal(links.latency_s, links.latency_pair_ratio, "latency", pair)
-        return latency_s, chance.log_normal(links.bytes_per_s, links.bytes_per_s_ratio, "bandwidth", source, target)
+        bytes_per_s = links.bytes_per_s
+        if links.classes:
+            sending, receiving = (_line_of(links.classes, chance, peer) for peer in (source, target))
+            bytes_per_s = min(sending.up_bytes_per_s, receiving.down_bytes_per_s)
+            latency_s += sending.latency_s + receiving.latency_s
+        return latency_s, chance.log_normal(bytes_per_s, links.bytes_per_s_ratio, "bandwidth", source, target)
 
     @lru_cache(_CACHED_LINKS)
     def table(source: PeerId, target: PeerId) -> RandomLink:
@@ -81,10 +87,38 @@ def link_table(links: LinksSection, *, seed: int, sites: Sites | None, number_of
     return table
 
 
+def _line_of(classes: Sequence[LineClass], chance: Chance, peer: PeerId) -> LineClass:
+    left = chance.uniform("line", peer)
+    for each in classes:
+        left -= each.share
+        if left < 0.0:
+            return each
+    return classes[-1]
+
+
 def typical_link(links: LinksSection, sites: Sites | None) -> RandomLink:
     """A link of mean latency, for look-ups in the DHT."""
     latency_s = sum(latency for latency, _ in sites.values()) / len(sites) if sites else links.latency_s
     return _link(links, latency_s=latency_s, bytes_per_s=links.bytes_per_s)
+
+
+def network_of(scenario: Scenario, folder: Path, *, number_of: Callable[[PeerId], int]) -> MemoryNetwork:
+    """The scenario's network.
+
+    Args:
+        folder: where the scenario's link matrix is looked for.
+        number_of: the peer's number.
+
+    Raises:
+        UserError: the link matrix is unusable.
+    """
+    links, seed = scenario.links, scenario.swarm.seed
+    sites = read_matrix(folder / links.matrix) if links.matrix else None
+    return MemoryNetwork(
+        seed=seed,
+        link=typical_link(links, sites),
+        links=link_table(links, seed=seed, sites=sites, number_of=number_of),
+    )
 
 
 def _link(links: LinksSection, *, latency_s: float, bytes_per_s: float) -> RandomLink:

@@ -19,7 +19,7 @@ from protocol.transport import Traffic
 
 __all__ = ["Tally", "quantiles"]
 
-_SHARES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
+_SHARES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "max": 1.0}
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ class Tally:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Mean, median, 95th percentile and maximum; empty for nothing."""
+    """Mean, median, 90th and 95th percentile and maximum; empty for nothing."""
     if not values:
         return {}
     found = np.quantile(np.asarray(values), list(_SHARES.values()))

@@ -54,6 +54,7 @@ class Quadratic:
 
     def __init__(self, config: QuadraticConfig, number: int) -> None:
         self._config = config
+        self.num_parameters = config.num_parameters
         self._random = np.random.default_rng((config.seed, 1, number))
         offset = self._draw()
         self._optimum = common_optimum(config) + config.data_spread * offset
@@ -69,7 +70,7 @@ class Quadratic:
         return torch.from_numpy(self._random.standard_normal(self._config.num_parameters, dtype=np.float32))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=128)
 def common_optimum(config: QuadraticConfig) -> Tensor:
     """c, fp32 [P]; not to be written to."""
     draw = np.random.default_rng((config.seed, 0)).standard_normal(config.num_parameters, dtype=np.float32)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from node.scenario import load_scenario
-from node.simulate_links import read_matrix
+from node.simulation.links import read_matrix
+from node.simulation.scenario import load_scenario
 from protocol.errors import UserError
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "scenarios").glob("*.toml"))
+EXAMPLES = sorted((Path(__file__).parents[3] / "docs" / "scenarios").glob("*.toml"))
 SMALL = "[swarm]\npeers = 4\nrounds = 2\n"
 
 
@@ -66,6 +66,14 @@ def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
         (SMALL + "[links]\nexchange_loss = 1.5\n", "links.exchange_loss"),
         (SMALL + "[sync]\nalpha = 0.9\n", "replicas would drift apart"),
         (SMALL + "[sync]\nfragments = 4\n", "raise it"),
+        (SMALL + "[model]\npreset = '1b'\n", "set pipeline.stages above 1"),
+        (SMALL + "[pipeline]\nstages = 4\n[model]\npreset = '50m'\nsequence_tokens = 4096\n", "lower it"),
+        (SMALL + "[pipeline]\nstages = 4\n[sync]\nfragments = 4\n", "raise it"),
+        ("[swarm]\npeers = 32\nrounds = 2\n[pipeline]\nstages = 32\n", "more than the 22 layers of model.preset 1b"),
+        (
+            SMALL + "[[links.classes]]\nshare = 0.5\nup_bytes_per_s = 1.0\ndown_bytes_per_s = 1.0\n",
+            "make 0.5 instead of 1",
+        ),
         ("[swarm]\npeers = 100\nrounds = 2\n[sync]\nalgorithm = 'diloco'\n", "set sync.group to pair"),
     ],
 )

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from node import simulate
 from node.cli import app
-from node.simulate_plots import write_plots
+from node.simulation import run
+from node.simulation.plots import write_plots
 from protocol.errors import UserError
 
 SCENARIO = """
@@ -65,7 +65,7 @@ def test_without_matplotlib_plots_are_refused_at_once_and_tables_work(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert invoke(path, "--json").exit_code == 0
-    monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("simulated before it could plot"))
+    monkeypatch.setattr(run, "simulate", lambda *_: pytest.fail("simulated before it could plot"))
     result = invoke(path, "--out", tmp_path / "out")
     assert isinstance(result.exception, UserError)
     assert "llm-node[simulate]" in str(result.exception)
@@ -73,7 +73,7 @@ def test_without_matplotlib_plots_are_refused_at_once_and_tables_work(
 
 
 def test_an_impossible_folder_is_refused_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "simulate", lambda *_: pytest.fail("simulated before it could write"))
+    monkeypatch.setattr(run, "simulate", lambda *_: pytest.fail("simulated before it could write"))
     (path.parent / "taken" / "result.json").mkdir(parents=True)
     for folder in (path / "below a file", path.parent / "taken"):
         result = invoke(path, "--out", folder)
@@ -85,4 +85,71 @@ def test_a_bad_scenario_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[swarm]\npeers = 0\nrounds = 1\n")
     result = invoke(tmp_path / "bad.toml")
     assert isinstance(result.exception, UserError)
+    assert result.stdout == ""
+
+
+STAGED = (
+    SCENARIO
+    + """
+[model]
+preset = "100m"
+sequence_tokens = 256
+[pipeline]
+stages = 2
+microbatches = 1
+microbatch_sequences = 1
+[[links.classes]]
+share = 1.0
+up_bytes_per_s = 1e6
+down_bytes_per_s = 1e6
+"""
+)
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> Path:
+    (tmp_path / "staged.toml").write_text(STAGED.replace("rounds = 15", "rounds = 1"))
+    return tmp_path / "staged.toml"
+
+
+def test_a_table_of_stages(staged: Path) -> None:
+    result = invoke(staged)
+    assert result.exit_code == 0, result.exception
+    for words in ("2 of 2 stages", "10 sent, 10 returned", "tokens per virtual second", "peers per stage", "busy"):
+        assert words in result.stdout
+
+
+def test_settings_change_the_scenario_and_plots_are_drawn(staged: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    result = json.loads(
+        invoke(staged, "--json", "--out", out, "--set", "pipeline.stages=3", "--set", "swarm.peers=6").stdout
+    )
+    assert (result["stages"], result["peers"]) == (3, 6)
+    assert result == json.loads((out / "result.json").read_text())
+    for name in ("iterations", "peers", "stages"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (out / f"{name}.svg").read_bytes()[:5] == b"<?xml"
+
+
+@pytest.mark.parametrize(
+    ("setting", "telling"),
+    [
+        ("pipeline.stages=5", "needs as many peers, and swarm.peers is 4"),
+        ("pipeline.stages=1", "set pipeline.stages above 1, or remove it"),
+        ("pipeline.stages=many", "pipeline.stages"),
+        ("pipeline.skip_ratio=0.9", "pipeline.skip_ratio"),
+        ("pipeline.codec=zip", "pipeline.codec"),
+        ("model.preset=tiny", "no model preset 'tiny'; choose one of 1m"),
+        ("model.sequence_tokens=4096", "lower it"),
+        ("model.forward_s=0", "model.forward_s"),
+        ("name.first=1", "name"),
+        ("stages=4", "not of the form section.field=value"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(staged: Path, setting: str, telling: str) -> None:
+    result = invoke(staged, "--set", setting)
+    assert isinstance(result.exception, UserError)
+    assert telling in str(result.exception)
+    assert "\n" not in str(result.exception)
     assert result.stdout == ""
