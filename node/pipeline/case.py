@@ -43,6 +43,8 @@ class Case(BaseModel):
     """How many nodes hold each stage. Those of stage 0 hold the data, too: microbatches start there and have their loss there."""
     path_length: int = Field(ge=1)
     """Stages that a microbatch visits, stage 0 included; the number of stages for a full pipeline."""
+    swaps: bool = True
+    """Whether a microbatch may visit stages out of order, as far as the rules allow."""
     slots_per_node: tuple[int, ...]
     """Microbatches whose activations a node holds at once; one number stands for all nodes."""
     rounds: int = Field(ge=1, le=1000)

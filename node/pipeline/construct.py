@@ -67,7 +67,7 @@ def _deal(case: Case, rng: random.Random) -> Partition:
 
 def _choose_orders(case: Case, partition: Partition, num_microbatches: int) -> list[tuple[int, ...]]:
     """One order of stages per microbatch: least mean travel, and no stage visited more often than its nodes allow."""
-    choices = orders(case.num_stages, case.path_length)
+    choices = orders(case.num_stages, case.path_length, swaps=case.swaps)
     link_s = np.asarray(case.link_s)
     between = np.array([[link_s[np.ix_(a, b)].mean() for b in partition] for a in partition])
     costs = [sum(between[a, b] + between[b, a] for a, b in (*pairwise(order), (order[-1], 0))) for order in choices]

@@ -103,7 +103,7 @@ class _Search:
             for node in nodes:
                 self._stage_of[node] = stage
         self._visits = np.bincount(self._table.reshape(-1), minlength=case.num_nodes).tolist()
-        allowed = orders(case.num_stages, case.path_length)
+        allowed = orders(case.num_stages, case.path_length, swaps=case.swaps)
         self._orders = frozenset(allowed)
         self._orders_of: dict[frozenset[int], list[tuple[int, ...]]] = defaultdict(list)
         for order in allowed:

@@ -57,6 +57,7 @@ def live_case(
         num_nodes=len(members),
         stage_sizes=tuple(len(nodes) for nodes in partition),
         path_length=spec.path_length,
+        swaps=spec.path_length < spec.stages,  # with nothing skipped, the pipeline is the unsplit model
         slots_per_node=(spec.slots,) * len(members),
         rounds=1,
         microbatches_per_node=spec.microbatches,

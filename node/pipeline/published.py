@@ -121,7 +121,8 @@ class PlanDocument(Message):
             raise ProtocolError("plan for another number of stages", peer=offender)
         starts: Counter[int] = Counter()
         for path in self.table():
-            if not is_order([self.stages[place] for place in path]):
+            stages = [self.stages[place] for place in path]
+            if not is_order(stages) or (len(stages) == spec.stages and stages != sorted(stages)):
                 raise ProtocolError("plan with a path against the rules", peer=offender)
             starts[path[0]] += 1
         origins = [place for place, stage in enumerate(self.stages) if stage == 0]

@@ -136,13 +136,13 @@ class StageMap:
 
 
 def _draw_order(rng: random.Random, held: list[int], length: int) -> list[int]:
-    """Some stages that are held, in an order that the rules allow, neighbours exchanged now and then.
+    """Some stages that are held, in an order that the rules allow, neighbours exchanged now and then; all of them in order.
 
     Drawn, and not chosen from all orders: a pipeline of two dozen stages has millions.
     """
     for _ in range(_TRIES):
         order = sorted(rng.sample(held, length))
-        place = rng.randrange(2 * length) if length > 1 else 0
+        place = rng.randrange(2 * length) if 1 < length < len(held) else 0
         if 0 < place < length:
             order[place - 1], order[place] = order[place], order[place - 1]
         if is_order((0, *order)):

@@ -41,13 +41,17 @@ def is_order(stages: Sequence[int]) -> bool:
 
 
 @functools.cache
-def orders(num_stages: int, path_length: int) -> tuple[tuple[int, ...], ...]:
+def orders(num_stages: int, path_length: int, *, swaps: bool = True) -> tuple[tuple[int, ...], ...]:
     """All orders that are allowed, in lexicographic order.
+
+    Args:
+        swaps: those that step back, too.
 
     Raises:
         UserError: there are more than MAX_ORDERS.
     """
-    found = tuple(islice(_continue((0,), 0, 0, (num_stages, path_length)), MAX_ORDERS + 1))
+    used = 0 if swaps else MAX_SWAPS
+    found = tuple(islice(_continue((0,), 0, used, (num_stages, path_length)), MAX_ORDERS + 1))
     if len(found) > MAX_ORDERS:
         raise UserError(
             f"paths of {path_length} of {num_stages} stages have more than {MAX_ORDERS:,} orders; plan fewer stages, or a path "
@@ -83,7 +87,8 @@ def violations(case: Case, plan: Plan) -> list[str]:
     for number, microbatch in enumerate(plan.microbatches):
         path = microbatch.path
         stages = [stage_of.get(node, -1) for node in path]
-        if len(path) != case.path_length or -1 in stages or not is_order(stages):
+        is_legal = is_order(stages) and (case.swaps or stages == sorted(stages))
+        if len(path) != case.path_length or -1 in stages or not is_legal:
             found.append(f"microbatch {number}: path {list(path)} visits stages {stages}")
             continue
         starts[path[0]] += 1

@@ -159,6 +159,20 @@ def test_a_plan_against_the_rules_is_refused_though_it_is_signed(
         SignedPlan.unpack(signed.pack(), run=RUN, spec=SPEC)
 
 
+def test_where_nothing_is_skipped_nothing_is_swapped() -> None:
+    full = SPEC.model_copy(update={"skip_ratio": 0.0})
+    found = live_case(records(), spec=full, payload_bytes=PAYLOAD)
+    assert found is not None
+    case, members = found
+    plan = replan(case, None, dispatch=DISPATCH, seed=1, seconds=60.0, max_evaluations=400)
+    made = PlanDocument.of(plan, members=members, run=RUN, number=3, planner=peer_id(0), iteration_s=1.0)
+    made.check(full)
+    table = made.table()
+    table[0][1], table[0][2] = table[0][2], table[0][1]
+    with pytest.raises(ProtocolError, match="against the rules"):
+        made.model_copy(update={"paths": np.array(table, dtype="<u2").tobytes()}).check(full)
+
+
 def test_a_plan_that_somebody_else_signed_or_changed_is_refused() -> None:
     signed = SignedPlan.sign(document(planner=1), identity(1))
     forged = SignedPlan(document(planner=2), signed.signature)

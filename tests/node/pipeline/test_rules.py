@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from node.pipeline.construct import construct
+from node.pipeline.improve import Annealing, improve
 from node.pipeline.plan import Microbatch, Plan
 from node.pipeline.rules import is_order, orders, violations
 from protocol.errors import UserError
@@ -42,6 +43,18 @@ def test_all_orders_are_found(num_stages: int, path_length: int) -> None:
     found = orders(num_stages, path_length)
     assert set(found) == expected
     assert len(found) == len(expected)
+
+
+def test_without_swaps_stages_come_in_order() -> None:
+    everything = orders(6, 4)
+    assert orders(6, 4, swaps=False) == tuple(order for order in everything if list(order) == sorted(order))
+    assert orders(4, 4, swaps=False) == ((0, 1, 2, 3),)
+    case = drawn_case(3, swaps=False)
+    plan = improve(case, construct(case), Annealing(seconds=60.0, max_evaluations=300))[0]
+    assert violations(case, plan) == []
+    stage_of = {node: stage for stage, nodes in enumerate(plan.partition) for node in nodes}
+    visited = [[stage_of[node] for node in each.path] for each in plan.microbatches]
+    assert all(stages == sorted(stages) for stages in visited)
 
 
 def test_too_many_orders_are_told_and_not_made() -> None:

@@ -132,3 +132,11 @@ def test_stages_that_nobody_holds_are_left_out() -> None:
     assert known.path(peer_id(1), lot="") == [peer_id(1), peer_id(2)]
     assert not known.has_paths
     assert stages((1, 0, 0.0), (2, 3, 0.0), (3, 1, 0.0)).has_paths
+
+
+def test_a_path_that_skips_nothing_is_an_ordinary_pipeline() -> None:
+    made = StageMap(num_stages=4, path_length=4)
+    made.update({peer_id(number): Replica(stage=number % 4) for number in range(8)})
+    for lot in range(100):
+        path = made.path(peer_id(0), lot=str(lot))
+        assert [made.stage_of(peer) for peer in path] == [0, 1, 2, 3]
