@@ -8,7 +8,16 @@ from typing import Any
 from bootstrap.store import StatusStore
 from bootstrap.summary import swarm_status
 from protocol.ids import PeerId
-from protocol.manifest import DataSpec, InitialStateSpec, InnerSpec, Manifest, ModelSpec, SyncSpec, TokenizerSpec
+from protocol.manifest import (
+    DataSpec,
+    InitialStateSpec,
+    InnerSpec,
+    Manifest,
+    ModelSpec,
+    PipelineSpec,
+    SyncSpec,
+    TokenizerSpec,
+)
 from protocol.records import ExchangeNote, PeerRecord
 
 NOW_S = 1_800_000_000.0
@@ -81,6 +90,21 @@ def document_of(*records: PeerRecord, now_s: float = NOW_S) -> dict[str, Any]:
     with StatusStore(":memory:") as store:
         store.observe(records, now_s=NOW_S)
         return swarm_status(store, manifest(), now_s=now_s)
+
+
+def staged_document() -> dict[str, Any]:
+    """A pipeline of six stages, of which one has lost its last peer."""
+    staged = manifest().model_copy(update={"pipeline": PipelineSpec(stages=6)})
+    held = [(0, 0.2), (0, 0.25), (1, 0.1), (1, 0.3), (2, 0.2), (2, 0.0), (3, 0.6), (5, 0.15), (5, 0.15)]
+    with StatusStore(":memory:") as store:
+        store.observe(
+            [
+                record(number, stage=stage, forward_s=forward_s, run=staged.run_id, tokens_per_s=90.0)
+                for number, (stage, forward_s) in enumerate(held, start=1)
+            ],
+            now_s=NOW_S,
+        )
+        return swarm_status(store, staged, now_s=NOW_S)
 
 
 def busy_store() -> StatusStore:

@@ -16,7 +16,7 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 from bootstrap.store import StatusStore
 from bootstrap.summary import swarm_status
 from bootstrap.web import CONTENT_SECURITY_POLICY, serve_web
-from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, note, record
+from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, note, record, staged_document
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -112,6 +112,22 @@ async def test_the_policy_stops_inline_script_and_foreign_addresses(browser: Bro
         assert await page.evaluate("document.x") is None
         assert await page.evaluate("fetch('http://203.0.113.9/').catch(() => 'refused')") == "refused"
         await page.close()
+
+
+@pytest.mark.parametrize(("viewport", "dark"), [(DESKTOP, False), (PHONE, True)])
+async def test_the_stages_of_a_pipeline_are_shown(browser: Browser, viewport: dict[str, int], dark: bool) -> None:
+    async with opened(browser, staged_document, viewport=viewport, dark=dark) as page:
+        stages = page.locator("#stages li")
+        await expect(stages).to_have_count(6)
+        await expect(stages.nth(1)).to_contain_text("2 peers")
+        await expect(stages.nth(3)).to_contain_text("1 peer")
+        await expect(stages.nth(4).locator(".pill")).to_have_attribute("data-state", "lost")
+        await expect(page.locator("#warnings")).to_contain_text("Nobody holds stage 4")
+        await expect(page.locator("#peers .id").first).to_contain_text("stage")
+        assert await _overflow(page) == 0
+        await _shoot(page, f"stages-{viewport['width']}")
+    async with opened(browser, document_of, viewport=viewport, dark=dark) as page:
+        await expect(page.locator("#stages")).to_be_hidden()
 
 
 async def test_it_follows_the_swarm_without_reloading(browser: Browser) -> None:

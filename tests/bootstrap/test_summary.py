@@ -17,7 +17,7 @@ from bootstrap.document import (
 from bootstrap.store import StatusStore
 from bootstrap.summary import FORGET_AFTER_S, SILENT_AFTER_S, swarm_status
 from protocol.records import MAX_ROUND
-from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, note, peer_id, record
+from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, note, peer_id, record, staged_document
 
 
 def test_an_empty_swarm() -> None:
@@ -164,3 +164,14 @@ def test_the_document_is_json_in_its_own_schema() -> None:
     assert json.loads(encode_document(document)) == document
     assert parse_document(encode_document(document)) == document
     assert set(document) == set(StatusDocument.model_fields)
+
+
+def test_stages_of_a_pipeline() -> None:
+    document = staged_document()
+    assert [stage["peers"] for stage in document["stages"]] == [2, 2, 2, 1, 0, 2]
+    speeds = [stage["microbatches_per_s"] for stage in document["stages"]]
+    assert speeds == pytest.approx([9.0, 13.33, 5.0, 1.67, 0.0, 13.33], abs=0.01)
+    assert [text for text in document["warnings"] if "stage" in text] == [
+        "Nobody holds stage 4 of the pipeline; another peer moves there, or let one more join."
+    ]
+    assert document_of(record(1))["stages"] == []

@@ -20,7 +20,7 @@ from rich.console import Console
 from bootstrap.document import encode_document
 from bootstrap.summary import swarm_status
 from node.status_view import render_status
-from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, record
+from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, record, staged_document
 
 net = pytest.mark.net
 ROOT = Path(__file__).parents[2]
@@ -213,3 +213,12 @@ def test_markup_in_a_name_is_shown_as_text() -> None:
 def test_a_large_swarm_is_cut() -> None:
     text = rendered(document_of(*(record(i) for i in range(30))))
     assert "and 10 more peers" in text
+
+
+def test_the_stages_of_a_pipeline_are_told() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render_status(staged_document()))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "peers per stage  0: 2  1: 2  2: 2  3: 1  4: 0  5: 2" in text
+    assert "peer-7 stage 3" in text
