@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.stage import Stage
 from model.transformer import Transformer
 
-__all__ = ["initialise", "weights_sha256"]
+__all__ = ["initial_sha256", "initialise", "weights_sha256"]
 
 _STD = 0.02
 _CHUNK = 1 << 20  # values drawn at a time; even, since one 64-bit word gives two
@@ -36,14 +37,24 @@ def initialise(model: Transformer | Stage, seed: int) -> None:
         model: whole or one stage, on any device; parameters of any memory layout.
         seed: the run's seed, 0 ≤ seed < 2⁶³.
     """
-    residual_std = _STD / math.sqrt(2 * model.config.num_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            std = residual_std if name.endswith(_RESIDUAL_OUTPUTS) else _STD
-            parameter.copy_(_uniform(name, seed, parameter.numel(), std).view(parameter.shape))
+            parameter.copy_(_initial(name, parameter.shape, seed=seed, num_layers=model.config.num_layers))
+
+
+def initial_sha256(config: ModelConfig, seed: int) -> str:
+    """`weights_sha256` of a model's initial weights, made one after the other: it takes the memory of the largest one."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+    weights = ((name, _initial(name, shapes[name], seed=seed, num_layers=config.num_layers)) for name in sorted(shapes))
+    return _sha256(weights)
+
+
+def _initial(name: str, shape: torch.Size, *, seed: int, num_layers: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = _STD / math.sqrt(2 * num_layers) if name.endswith(_RESIDUAL_OUTPUTS) else _STD
+    return _uniform(name, seed, shape.numel(), std).view(shape)
 
 
 def _uniform(name: str, seed: int, num_values: int, std: float) -> Tensor:
@@ -69,9 +80,12 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    return _sha256((name, weights[name].detach()) for name in sorted(weights))
+
+
+def _sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach()
+    for name, tensor in weights:
         assert tensor.dtype == torch.float32, "initial weights are fp32"
         digest.update(f"{name}\0{'x'.join(map(str, tensor.shape))}\0".encode())
         flat = tensor.cpu().contiguous().view(-1)

@@ -18,9 +18,8 @@ from model.config import PRESETS
 from model.corpus import iter_files, iter_stdlib, sample_texts
 from model.data import ShardIndex, build_dataset
 from model.errors import DataError
-from model.initial import initialise, weights_sha256
+from model.initial import initial_sha256
 from model.tokenizer import Tokenizer, train_tokenizer
-from model.transformer import Transformer
 from node.training_state import model_config
 from protocol.blobs import BlobStore
 from protocol.errors import UserError
@@ -123,10 +122,8 @@ def _draft(request: RunRequest) -> Manifest:
 
 def with_initial_state(manifest: Manifest) -> Manifest:
     """The same manifest with the hash of the initial weights that its model and seed give."""
-    model = Transformer(model_config(manifest))
-    initialise(model, manifest.initial_state.seed)
-    digest = weights_sha256(dict(model.named_parameters()))
-    state = InitialStateSpec(seed=manifest.initial_state.seed, sha256=digest)
+    seed = manifest.initial_state.seed
+    state = InitialStateSpec(seed=seed, sha256=initial_sha256(model_config(manifest), seed))
     return manifest.model_copy(update={"initial_state": state})
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from model.config import PRESETS
-from model.initial import initialise, weights_sha256
+from model.initial import initial_sha256, initialise, weights_sha256
 from model.transformer import Transformer
 from tests.model.shapes import small_config, small_model
 
@@ -65,3 +66,11 @@ def test_hash_sees_names_shapes_and_values() -> None:
     assert len(hashes) == 4
     two = {"a": tensor, "b": tensor}
     assert weights_sha256(two) == weights_sha256(dict(reversed(two.items())))
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_the_hash_can_be_had_without_the_model(tie_embeddings: bool) -> None:
+    config = replace(small_model(seed=7).config, tie_embeddings=tie_embeddings)
+    whole = Transformer(config)
+    initialise(whole, seed=7)
+    assert initial_sha256(config, 7) == weights_sha256(dict(whole.named_parameters()))
