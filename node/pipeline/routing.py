@@ -30,10 +30,12 @@ class Replica:
     Args:
         stage: which stage it holds.
         forward_s: its forward pass of one microbatch; 0 if nobody has measured it yet.
+        is_new: others may not know yet that it holds that stage, and would refuse a path through it.
     """
 
     stage: int
     forward_s: float = 0.0
+    is_new: bool = False
 
 
 class StageMap:
@@ -103,7 +105,10 @@ class StageMap:
         length = min(self.path_length, len(held))
         path = [origin]
         for stage in _draw_order(rng, held[1:], length - 1):
-            best = min(self.holders(stage), key=lambda peer: (self._expected_s(peer), rng.random()))
+            best = min(
+                self.holders(stage),
+                key=lambda peer: (self._peers[peer].is_new, self._expected_s(peer), rng.random()),
+            )
             path.append(best)
             self._given[best] += 1
         return path

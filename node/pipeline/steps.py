@@ -41,6 +41,8 @@ from protocol.transport import Transport
 __all__ = ["PipelineSteps"]
 
 LOOK_AGAIN_S = 0.5
+SETTLING_S = 7.0
+"""Two heartbeats and a little: after that everybody has read a newcomer's record."""
 
 
 class PipelineSteps(InnerSteps):
@@ -131,12 +133,16 @@ class PipelineSteps(InnerSteps):
         )
         self._iteration: asyncio.Task[object] | None = None
         self._has_stopped = False
+        self._seen_at_s: dict[tuple[PeerId, int], float] = {}
+        self._known_at_s = 0.0
 
     def enter(self) -> None:
         """Begin with the iteration that the swarm is in, as far as its records tell."""
         self.look()
         records = self._directory.peers.values()
         iterations = [r.iteration for r in records if r.stage is not None and r.state == "training"]
+        if any(iterations):
+            self._known_at_s = asyncio.get_running_loop().time() + SETTLING_S
         own = self._trainer.round * self._inner_steps + self._trainer.step_in_round
         last = self._trainer.total_steps or MAX_ROUND
         self._server.begin_at(min(median_low(iterations), last) if iterations else own)
@@ -149,13 +155,18 @@ class PipelineSteps(InnerSteps):
 
     def look(self) -> None:
         """Take over from the directory who holds what, and how far the origins are: a notice may have been lost."""
-        peers = {}
+        now_s = asyncio.get_running_loop().time()
+        peers, seen = {}, {}
         for peer, record in self._directory.peers.items():
             if record.stage is not None and record.state == "training":
-                peers[peer] = Replica(stage=record.stage, forward_s=record.forward_s)
+                holds = peer, record.stage
+                seen[holds] = self._seen_at_s.get(holds, now_s)
+                is_new = now_s - seen[holds] < SETTLING_S
+                peers[peer] = Replica(stage=record.stage, forward_s=record.forward_s, is_new=is_new)
                 if record.stage == 0 and record.iteration > 0:
                     self._server.note_end(peer, record.iteration - 1)
         peers[self._peer] = Replica(stage=self._trainer.stage, forward_s=self._progress.forward_s)
+        self._seen_at_s = seen
         self._stages.update(peers)
         self._server.look_again()
 
@@ -184,7 +195,7 @@ class PipelineSteps(InnerSteps):
     async def step(self, batches: RoundBatches | None) -> tuple[StepStats, float]:
         await self._wait_for_company()
         microbatches = []
-        if batches is not None:
+        if batches is not None and not self._is_unknown():
             microbatches = [batches.next(self._spec.microbatch_sequences) for _ in range(self._spec.microbatches)]
         started_s = asyncio.get_running_loop().time()
         self._iteration = running = asyncio.create_task(self._iterations.run(microbatches))
@@ -216,6 +227,12 @@ class PipelineSteps(InnerSteps):
         while not self._has_stopped and not (self._iterations.awaited() and self._stages.has_paths):
             await asyncio.sleep(LOOK_AGAIN_S)
             self.look()
+
+    def _is_unknown(self) -> bool:
+        """Whether others would refuse our microbatches, since they have not read yet that we are one of them. Those who come first
+        wait for nobody."""
+        now_s = asyncio.get_running_loop().time()
+        return now_s < self._known_at_s and len(self._stages.holders(0)) > 1
 
     def _choose_paths(self, iteration: int, count: int) -> list[Way]:
         """By the plan, mended where the swarm has changed; what it does not provide for goes the greedy way."""

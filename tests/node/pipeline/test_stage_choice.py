@@ -140,3 +140,12 @@ def test_a_path_that_skips_nothing_is_an_ordinary_pipeline() -> None:
     for lot in range(100):
         path = made.path(peer_id(0), lot=str(lot))
         assert [made.stage_of(peer) for peer in path] == [0, 1, 2, 3]
+
+
+def test_a_newcomer_is_chosen_when_nobody_else_is_there() -> None:
+    made = StageMap(num_stages=2, path_length=2)
+    known, new = Replica(stage=1, forward_s=9.0), Replica(stage=1, forward_s=0.1, is_new=True)
+    made.update({peer_id(0): Replica(stage=0), peer_id(1): known, peer_id(2): new})
+    assert made.path(peer_id(0), lot="a") == [peer_id(0), peer_id(1)]
+    made.update({peer_id(0): Replica(stage=0), peer_id(2): new})
+    assert made.path(peer_id(0), lot="a") == [peer_id(0), peer_id(2)]
