@@ -12,6 +12,7 @@ import torch
 
 from node.peer import Summary
 from node.role import memory_needed
+from protocol.records import LinkNote
 from protocol.virtual_time import run_virtual
 from tests.node.memory_swarm import MemorySwarm
 from tests.node.runs import tiny_run
@@ -72,7 +73,12 @@ def test_a_swarm_plans_for_itself(tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as tasks:
             for number in range(6):
                 tasks.create_task(swarm.live(f"peer {number}", step_s=0.1))
+            for number in range(6):
+                await swarm.until(f"peer {number}", "training")
+            await swarm.reached(7)
+            links.extend({note.peer: note for note in peer.progress.links} for peer in swarm.peers.values())
 
+    links: list[dict[str, LinkNote]] = []
     torch.set_num_threads(1)
     run_virtual(story())
     by_number: dict[int, set[str]] = {}
@@ -84,8 +90,8 @@ def test_a_swarm_plans_for_itself(tmp_path: Path) -> None:
     assert all(len(planners) == 1 for planners in by_number.values()), by_number
     followers = [name for name in swarm.events if swarm.named(name, "plan")]
     assert len(followers) == 6
-    for peer in swarm.peers.values():
-        notes = {note.peer: note for note in peer.progress.links}
+    assert len(links) == 6
+    for notes in links:
         assert len(notes) >= 3
         assert all(0.009 < note.latency_s < 0.02 for note in notes.values()), "the network has 10 ms each way"
 
