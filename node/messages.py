@@ -155,8 +155,8 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
     "iteration": (
         "detail",
         lambda f: (
-            f"Iteration {f['number']}: {f['returned']} microbatches came back, {f['lost']} did not"
-            f"{'' if f['complete'] else '; it ended by its deadline'}"
+            f"Iteration {f['number']}: gradients of {f['tokens']} tokens; {f['returned']} microbatches came back, "
+            f"{f['lost']} did not{'' if f['complete'] else '; it ended by its deadline'}"
         ),
     ),
     "hop_failed": (

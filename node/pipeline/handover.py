@@ -7,6 +7,9 @@ that the microbatch is lost. Nothing here waits longer than `hop_timeout_s` for 
 Nothing counts twice. Forward passes may be run by two peers when one was given up and is alive after all: only one of them reaches
 the origin first, and the loss is taken once. A backward pass counts where the holder says so, once it has been computed; a
 holder says so at most once.
+
+A peer that is frozen, or out of reach from here alone, stays in the directory. So whoever has cost us some time in vain is
+asked last for a few times as long: not more than a fifth of the time is lost with it, and it is not given up for ever.
 """
 
 from __future__ import annotations
@@ -24,9 +27,15 @@ from protocol.ids import PeerId, RunId
 from protocol.transport import Stream, Transport
 from protocol.wire import bulk_buffer, read_bulk_into, read_message, write_bulk, write_message
 
-__all__ = ["Handover", "Router", "StageTerms"]
+__all__ = ["Handover", "Router", "StageTerms", "Whereabouts"]
 
 NOTICE_TIMEOUT_S = 3.0
+PENALTY = 4.0
+"""Whom we have waited for in vain is asked last for so many times as long."""
+
+
+Whereabouts = Literal["here", "elsewhere", "given up"]
+"""Of a microbatch that we have computed: we must pass it on; it has found another way; the iteration has ended without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,23 +84,31 @@ class Handover:
         self, terms: StageTerms, transport: Transport, router: Router, on_failure: Callable[[Task, str], None]
     ) -> None:
         self._terms, self._transport, self._router, self._on_failure = terms, transport, router, on_failure
+        self._last_until_s: dict[PeerId, float] = {}
 
-    async def forward(self, task: Task, payload: memoryview, taken: asyncio.Future[bool]) -> bool:
+    async def forward(
+        self, task: Task, payload: memoryview, taken: asyncio.Future[bool], state: Callable[[], Whereabouts]
+    ) -> bool:
         """Pass activations on.
 
         Args:
             task: the forward task that we have just done.
             payload: what came out.
             taken: is set to whether somebody has taken the microbatch, as soon as that is known.
+            state: where the microbatch is by now: only one that is here has to be passed on.
 
         Returns:
-            Whether it has got further than the next peer, or the next peer answers for it now. If not, it is lost.
+            Whether it has got further than the next peer, or the next peer answers for it now. If not, it is lost, or the holder
+            answers for it still.
         """
         try:
             for way in self._ways(task):
-                if await self._give(way, payload, taken):
+                if state() == "given up":
+                    break
+                if state() == "elsewhere" or await self._give(way, payload, taken):
                     return True
-            await self.lose(task)
+            if taken.done():  # else the holder is told, and may know somebody else
+                await self.lose(task)
             return False
         finally:
             if not taken.done():
@@ -102,11 +119,13 @@ class Handover:
         position = task.position
         ways = [task.model_copy(update={"kind": "backward"})]
         if position > 0:
-            for replica in self._replacements(task.path, position):
+            for replica in sorted(self._replacements(task.path, position), key=self._comes_last):
                 path = [*task.path[:position], replica, *task.path[position + 1 :]]
                 ways.append(task.model_copy(update={"kind": "again", "path": path}))
         for way in ways:
+            started_s = asyncio.get_running_loop().time()
             decided = await self._give_back(way, payload)
+            self._remember(PeerId(way.path[position]), bool(decided), started_s)
             if decided:
                 return True
             if decided is not None:
@@ -154,9 +173,9 @@ class Handover:
         if following == len(path):
             yield task.model_copy(update={"kind": "loss", "position": 0})
             return
-        yield task.model_copy(update={"position": following})
-        for replica in self._replacements(path, following):
-            other = [*path[:following], replica, *path[following + 1 :]]
+        holders = [PeerId(path[following]), *self._replacements(path, following)]
+        for peer in sorted(holders, key=self._comes_last):
+            other = [*path[:following], peer, *path[following + 1 :]]
             yield task.model_copy(update={"position": following, "path": other})
         shorter = [*path[:following], *path[following + 1 :]]
         stages = [self._router.stage_of(PeerId(peer)) for peer in shorter]
@@ -169,10 +188,31 @@ class Handover:
 
     # ---- one peer
 
+    def heard_from(self, peer: PeerId) -> None:
+        """It is there, and can reach us."""
+        self._last_until_s.pop(peer, None)
+
+    def _remember(self, peer: PeerId, has_helped: bool, since_s: float) -> None:
+        if has_helped:
+            self.heard_from(peer)
+        else:
+            now_s = asyncio.get_running_loop().time()
+            self._last_until_s[peer] = now_s + PENALTY * (now_s - since_s)
+
+    def _comes_last(self, peer: PeerId) -> bool:
+        return asyncio.get_running_loop().time() < self._last_until_s.get(peer, 0.0)
+
     async def _give(self, task: Task, payload: memoryview, taken: asyncio.Future[bool]) -> bool:
-        """Hand activations to one peer, and wait until it answers for them no more."""
+        """Hand activations to one peer, and wait until we need not answer for them any more."""
+        started_s = asyncio.get_running_loop().time()
+        is_given = await self._try_to_give(task, payload, taken)
+        self._remember(PeerId(task.path[task.position]), is_given, started_s)
+        return is_given
+
+    async def _try_to_give(self, task: Task, payload: memoryview, taken: asyncio.Future[bool]) -> bool:
+        loop, timeout_s = asyncio.get_running_loop(), self._terms.hop_timeout_s
         try:
-            async with asyncio.timeout(self._terms.hop_timeout_s) as limit:
+            async with asyncio.timeout(timeout_s) as limit:
                 async with await self._transport.open(PeerId(task.path[task.position]), TASK_PROTOCOL) as stream:
                     await write_message(stream, task)
                     if not await self._is_yes(stream, task):
@@ -180,14 +220,18 @@ class Handover:
                     await write_bulk(stream, payload)
                     if not taken.done():
                         taken.set_result(True)
-                    limit.reschedule(asyncio.get_running_loop().time() + self._terms.hop_timeout_s)
-                    return await self._is_yes(stream, task)
+                    limit.reschedule(loop.time() + timeout_s)
+                    while (reply := await read_message(stream, Reply)).ok and reply.reason == "trying":
+                        limit.reschedule(loop.time() + timeout_s)
+                    return self._is_taken(reply, task)
         except (LlmNodeError, TimeoutError) as error:
             self._on_failure(task, str(error) or "too slow")
             return False
 
     async def _is_yes(self, stream: Stream, task: Task) -> bool:
-        reply = await read_message(stream, Reply)
+        return self._is_taken(await read_message(stream, Reply), task)
+
+    def _is_taken(self, reply: Reply, task: Task) -> bool:
         if not reply.ok:
             self._on_failure(task, reply.reason)
         return reply.ok

@@ -3,8 +3,9 @@
     origin (stage 0)     send all its microbatches ─► wait for them ─► tell everybody that they ended
     everybody            serve ─► until every origin has said so, or the deadline ─► inner step ─► next iteration
 
-There is no coordinator. An origin that has been silent in two iterations running is not waited for, until it is heard again; one
-that is new is waited for at once. A peer that finds the others further on (it was frozen, or has just joined) goes on with them.
+There is no coordinator. An origin that has been silent in two iterations running is not waited for, until it is heard again; a
+peer that one origin cannot reach keeps in step by the others. An origin that is new is waited for at once. A peer that finds the
+others further on (it was frozen, or has just joined) goes on with them.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class Iterations:
                 for tokens, (path, priority) in zip(batches, ways, strict=True):
                     tasks.create_task(send(tokens, path, priority))
         finally:
-            await self._server.announce_end(self._stages.everybody)
+            # Not waited for: one peer that does not answer would hold up all.
+            self._server.announce_end(self._stages.everybody)
 
     def awaited(self) -> list[PeerId]:
         """The origins for whose end the present iteration waits."""
@@ -136,4 +138,4 @@ class Iterations:
     def _listen(self) -> None:
         """Count the iterations in which origins were silent."""
         for peer in self._stages.holders(0):
-            self._silent[peer] = 0 if self._server.has_ended(peer) else self._silent.get(peer, 0) + 1
+            self._silent[peer] = 0 if self._server.has_told_us(peer) else self._silent.get(peer, 0) + 1

@@ -77,6 +77,7 @@ class Ledger:
         self._terms, self._router, self._turnstile, self._on_forget = terms, router, turnstile, on_forget
         self._held: dict[MicrobatchKey, Held] = {}
         self._ended: dict[PeerId, int] = {}
+        self._told_us: dict[PeerId, int] = {}
         self._changed = asyncio.Event()
         self._is_open = True
 
@@ -116,11 +117,15 @@ class Ledger:
 
     # ---- iterations
 
-    def note_end(self, peer: PeerId, iteration: int) -> None:
-        """A peer of stage 0 has no microbatch of that iteration under way any more. What lies absurdly far ahead is a lie."""
-        if iteration <= self.iteration + MAX_LEAD:
-            self._ended[peer] = max(iteration, self._ended.get(peer, -1))
-            self._change()
+    def note_end(self, peer: PeerId, iteration: int, *, by_record: bool = False) -> None:
+        """A peer of stage 0 has no microbatch of that iteration under way any more, as it has told us or as its record says. What
+        lies absurdly far ahead is a lie."""
+        if iteration > self.iteration + MAX_LEAD:
+            return
+        self._ended[peer] = max(iteration, self._ended.get(peer, -1))
+        if not by_record:
+            self._told_us[peer] = max(iteration, self._told_us.get(peer, -1))
+        self._change()
 
     def look_again(self) -> None:
         """Who holds what may have changed."""
@@ -129,6 +134,10 @@ class Ledger:
     def has_ended(self, peer: PeerId) -> bool:
         """Whether it has said so of the present iteration, or of a later one."""
         return self._ended.get(peer, -1) >= self.iteration
+
+    def has_told_us(self, peer: PeerId) -> bool:
+        """Like `has_ended`, but what its record says does not count."""
+        return self._told_us.get(peer, -1) >= self.iteration
 
     async def wait_for_end(self, origins: Callable[[], Iterable[PeerId]]) -> bool:
         """Until all of these have said that the iteration ended (True), or most of them are further on (False). They are asked for

@@ -5,6 +5,7 @@
               ◄──────────────────────────  Reply     ok: I have room; else why not
     payload   ──────────────────────────►            activations or gradients, length known from the manifest
     ── forward and loss ──
+              ◄──────────────────────────  Reply     trying: computed, and I am looking for somebody to take it; any number of these
               ◄──────────────────────────  Reply     ok: somebody after me has it, or I keep it; the holder may forget the stream
     ── backward ──
               ◄──────────────────────────  Reply     ok: computed, not counted yet
@@ -72,7 +73,8 @@ class Reply(Message):
     """Yes, or why not."""
 
     ok: bool
-    reason: Refusal | Literal[""] = ""
+    reason: Refusal | Literal["", "trying"] = ""
+    """trying: comes with a yes that is not the last word."""
 
 
 class InputRequest(Message):

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from node.compute import Compute
 from node.pipeline.activations import ActivationCodec
-from node.pipeline.handover import Handover, Router, StageTerms
+from node.pipeline.handover import Handover, Router, StageTerms, Whereabouts
 from node.pipeline.ledger import Held, Ledger, MicrobatchLostError, key_of
 from node.pipeline.links import Links
 from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCOL, InputRequest, Notice, Reply, Task
 from node.pipeline.replay import BACKWARD, FORWARD, LOSS
 from node.pipeline.turnstile import Turnstile
-from node.pipeline.worker import MicrobatchKey, StageWorker
+from node.pipeline.worker import MicrobatchKey, StageWorker, VisitGoneError
 from protocol.errors import LlmNodeError, ProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.transport import Stream, Transport
@@ -78,6 +78,7 @@ class StageServer:
         self._handover = Handover(terms, transport, router, on_failure)
         self._turnstile = Turnstile(terms.slots)
         self._ledger = Ledger(terms, router, self._turnstile, worker.forget)
+        self._announcing: set[asyncio.Task[None]] = set()
         transport.handle(TASK_PROTOCOL, self.serve_task)
         transport.handle(INPUT_PROTOCOL, self.serve_input)
         transport.handle(NOTICE_PROTOCOL, self.serve_notice)
@@ -115,17 +116,28 @@ class StageServer:
         finished: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._ledger.take(key_of(task), Held(path=task.path, finished=finished))
         try:
-            if not await self._visit(task, tokens, asyncio.get_running_loop().create_future()):
+            async with asyncio.TaskGroup() as tasks:
+                visit = tasks.create_task(self._visit(task, tokens, asyncio.get_running_loop().create_future()))
+                await asyncio.wait((visit, finished), return_when=asyncio.FIRST_COMPLETED)
+                if finished.done():
+                    visit.cancel()  # it need not be passed on any more
+            if not finished.done() and not visit.result():
                 raise MicrobatchLostError("nobody could take it")
             return await finished
         finally:
             if self._ledger.iteration == task.iteration:
                 self._ledger.forget(key_of(task))
 
-    async def announce_end(self, peers: Iterable[PeerId]) -> None:
-        """Tell everybody that none of our microbatches of this iteration is under way."""
+    def announce_end(self, peers: Iterable[PeerId]) -> asyncio.Task[None]:
+        """Tell everybody that none of our microbatches of this iteration is under way; returns the task that does it."""
         notice = Notice(run=self._terms.run, iteration=self.iteration, kind="end")
         self._ledger.note_end(self._terms.peer, self.iteration)
+        announcing = asyncio.get_running_loop().create_task(self._announce(list(peers), notice))
+        self._announcing.add(announcing)
+        announcing.add_done_callback(self._announcing.discard)
+        return announcing
+
+    async def _announce(self, peers: list[PeerId], notice: Notice) -> None:
         async with asyncio.TaskGroup() as tasks:
             for peer in peers:
                 if peer != self._terms.peer:
@@ -137,8 +149,8 @@ class StageServer:
         return await self._ledger.wait_for_end(origins)
 
     def note_end(self, peer: PeerId, iteration: int) -> None:
-        """Somebody else says that an origin has ended that iteration: its own record."""
-        self._ledger.note_end(peer, iteration)
+        """The directory says that an origin has ended that iteration."""
+        self._ledger.note_end(peer, iteration, by_record=True)
 
     def look_again(self) -> None:
         """The router has been brought up to date."""
@@ -147,6 +159,10 @@ class StageServer:
     def has_ended(self, peer: PeerId) -> bool:
         """Whether that origin has said that the iteration ended."""
         return self._ledger.has_ended(peer)
+
+    def has_told_us(self, peer: PeerId) -> bool:
+        """Whether it has said so to us, and not only in its record, which comes late."""
+        return self._ledger.has_told_us(peer)
 
     def begin_at(self, iteration: int) -> None:
         """Enter a swarm that is in this iteration; before anything is served."""
@@ -170,10 +186,13 @@ class StageServer:
                 task = await read_message(stream, Task)
             refusal = await self._ledger.refusal(task, stream.peer)
             if refusal is None:
+                self._handover.heard_from(stream.peer)
                 await serve[task.kind](stream, task)
                 return
             self._violations[stream.peer] += refusal == "not-for-me"
             await write_message(stream, Reply(ok=False, reason=refusal))
+        except VisitGoneError:  # the iteration ended while we were at it
+            await write_message(stream, Reply(ok=False, reason="stale"))
         except ProtocolError:
             self._violations[stream.peer] += 1
             raise
@@ -210,20 +229,31 @@ class StageServer:
     # ---- forward and loss
 
     async def _forward(self, stream: Stream, task: Task) -> None:
-        self._ledger.take(key_of(task), Held(path=task.path))
+        held = Held(path=task.path)
+        self._ledger.take(key_of(task), held)
         has_moved = False
         try:
             inputs = await self._receive(stream)
             taken = asyncio.get_running_loop().create_future()
             async with asyncio.TaskGroup() as tasks:
                 moving = tasks.create_task(self._visit(task, inputs, taken))
-                is_taken = await taken
+                is_taken = await self._until_taken(stream, taken, held)
                 with contextlib.suppress(TransportError):  # the holder may be gone; the microbatch goes on
                     await write_message(stream, Reply(ok=is_taken, reason="" if is_taken else "failed"))
                 has_moved = await moving
         finally:
             if not has_moved and self._ledger.get(task) is not None:
                 self._ledger.forget(key_of(task))
+
+    async def _until_taken(self, stream: Stream, taken: asyncio.Future[bool], held: Held) -> bool:
+        """Whether it is. The holder hears meanwhile that we have computed and are at it, or it would give us up for somebody else's
+        silence."""
+        while not taken.done():
+            await asyncio.wait((taken,), timeout=self._terms.hop_timeout_s / 2)
+            if not taken.done() and held.sent is not None:
+                with contextlib.suppress(TransportError):
+                    await write_message(stream, Reply(ok=True, reason="trying"))
+        return taken.result()
 
     async def _visit(self, task: Task, inputs: Tensor, taken: asyncio.Future[bool]) -> bool:
         """Compute a forward pass and pass it on; whether that succeeded."""
@@ -241,9 +271,15 @@ class StageServer:
             return False
         if len(task.path) == 1:
             taken.set_result(True)
-            await self._turn_alone(task, held.sent)
+            with contextlib.suppress(VisitGoneError):  # then it is lost, and known to be
+                await self._turn_alone(task, held.sent)
             return True
-        return await self._handover.forward(task, held.sent, taken)
+        return await self._handover.forward(task, held.sent, taken, lambda: self._where_is(task, held))
+
+    def _where_is(self, task: Task, held: Held) -> Whereabouts:
+        if held.phase != "out":
+            return "elsewhere"
+        return "here" if self._ledger.get(task) is held else "given up"
 
     def _run_forward(self, key: MicrobatchKey, inputs: Tensor) -> memoryview:
         return self._codec.encode(self._worker.forward(key, inputs))
@@ -315,9 +351,13 @@ class StageServer:
                     return
                 self._ledger.free_slot(held)
                 onward = await self._paced(BACKWARD, self._run_backward, key_of(task), gradient)
-            if not await self._still_counts(stream) or self._ledger.get(task) is not held:
+            if not await self._still_counts(stream):
                 return
-            await self._compute.run(self._worker.commit, key_of(task))
+            try:
+                await self._compute.run(self._worker.commit, key_of(task))
+            except VisitGoneError:  # nobody else answers for it any more
+                await self._handover.lose(task)
+                raise
         finally:
             if held is not None and held.finished is None and self._ledger.get(task) is held:
                 self._ledger.forget(key_of(task))

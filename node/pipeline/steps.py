@@ -214,10 +214,15 @@ class PipelineSteps(InnerSteps):
         self._tell_pace()
         if self.round_now == self._trainer.round:  # also after an iteration without a step, or several that were missed
             self._trainer.enter(self._server.iteration)
-        if stats.lost or not stats.is_complete:
-            self._events.emit(
-                "iteration", number=stats.number, returned=stats.returned, lost=stats.lost, complete=stats.is_complete
-            )
+        self._events.emit(
+            "iteration",
+            number=stats.number,
+            tokens=stats.tokens,
+            returned=stats.returned,
+            lost=stats.lost,
+            complete=stats.is_complete,
+            seconds=round(seconds, 3),
+        )
         return StepStats(loss=stats.loss, tokens=stats.tokens), seconds
 
     async def _wait_for_company(self) -> None:

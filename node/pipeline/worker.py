@@ -8,7 +8,8 @@ be able to throw its share away, or the microbatch would count twice (node/pipel
 Every gradient is a sum over tokens; the step divides by the tokens that visited this replica, not by those of the whole
 iteration (SkipPipe's n_i), so a replica that was skipped more often learns as fast.
 
-Synchronous; called on the compute thread. Shapes: B sequences, T tokens, W width.
+Synchronous; called on the compute thread, but for `forget`, which the loop may call in between.
+Shapes: B sequences, T tokens, W width.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ import torch
 from torch import Tensor
 
 from model.stage import Stage
+from protocol.errors import LlmNodeError
 
-__all__ = ["MicrobatchKey", "StageWorker", "Visit"]
+__all__ = ["MicrobatchKey", "StageWorker", "Visit", "VisitGoneError"]
 
 MicrobatchKey = tuple[str, int]
 """Where a microbatch started, and its number there."""
+
+
+class VisitGoneError(LlmNodeError):
+    """The microbatch was given up while its pass waited for the processor."""
 
 
 @dataclass(slots=True)
@@ -80,8 +86,12 @@ class StageWorker:
         self.visits[key] = Visit(inputs.to(self._device), inputs.shape[0] * inputs.shape[1])
 
     def backward(self, key: MicrobatchKey, gradient: Tensor) -> Tensor | None:
-        """The gradient [B, T, W] with respect to what came in, from that of what went out; None at stage 0. Counts on `commit`."""
-        visit = self.visits[key]
+        """The gradient [B, T, W] with respect to what came in, from that of what went out; None at stage 0. Counts on `commit`.
+
+        Raises:
+            VisitGoneError: the microbatch is not here any more.
+        """
+        visit = self._visit(key)
         is_first = self.stage.number == 0
         inputs = visit.inputs if is_first else visit.inputs.detach().requires_grad_()
         outputs = self._run(inputs)
@@ -91,8 +101,13 @@ class StageWorker:
         return None if is_first else found[0]
 
     def commit(self, key: MicrobatchKey) -> None:
-        """Count the microbatch's gradients, and forget it."""
-        visit = self.visits.pop(key)
+        """Count the microbatch's gradients, and forget it.
+
+        Raises:
+            VisitGoneError: it is not here any more, and does not count.
+        """
+        visit = self._visit(key)
+        self.forget(key)
         with torch.no_grad():
             for gradients in (visit.gradients, visit.head_gradients):
                 for parameter, gradient in zip(self._parameters, gradients, strict=False):
@@ -137,8 +152,11 @@ class StageWorker:
 
         Returns:
             Mean loss in nats per token, and the gradient of the SUM over tokens with respect to `hidden`.
+
+        Raises:
+            VisitGoneError: the microbatch is not here any more.
         """
-        visit = self.visits[key]
+        visit = self._visit(key)
         hidden = hidden.detach().to(self._device).requires_grad_()
         loss = self.stage.loss(hidden, visit.inputs[:, 1:])
         gradient, *visit.head_gradients = torch.autograd.grad(
@@ -150,6 +168,12 @@ class StageWorker:
     def loss_of(self, hidden: Tensor, tokens: Tensor) -> float:
         """Mean loss in nats per token of token ids [B, T + 1] whose hidden states [B, T, W] have come back; nothing is kept."""
         return float(self.stage.loss(hidden.to(self._device), tokens[:, 1:].to(self._device)))
+
+    def _visit(self, key: MicrobatchKey) -> Visit:
+        visit = self.visits.get(key)
+        if visit is None:
+            raise VisitGoneError("the microbatch was given up meanwhile")
+        return visit
 
     def _run(self, inputs: Tensor) -> Tensor:
         if self.stage.number == 0:

@@ -93,6 +93,17 @@ class Namespaces:
         """Mend or cut the line of a host."""
         run("ip", "-n", self._switch, "link", "set", f"port{index}", "up" if up else "down")
 
+    def cut(self, one: int, other: int) -> None:
+        """Nothing passes between two hosts any more, and neither is told; both still reach all others."""
+        for here, there in ((one, other), (other, one)):
+            nobody = ("lladdr", "02:00:00:00:00:00", "nud", "permanent")
+            run("ip", "-n", self._place(here), "neighbour", "replace", self.hosts[there], *nobody, "dev", "line")
+
+    def mend(self, one: int, other: int) -> None:
+        """Undo `cut`."""
+        for here, there in ((one, other), (other, one)):
+            run("ip", "-n", self._place(here), "neighbour", "delete", self.hosts[there], "dev", "line")
+
     def _place(self, index: int) -> str:
         return f"{self._stem}-{index}"
 

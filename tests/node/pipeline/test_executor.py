@@ -11,12 +11,15 @@ import torch
 from model.stage import run_path
 from node.pipeline.ledger import MicrobatchLostError
 from node.pipeline.messages import NOTICE_PROTOCOL, Notice
+from protocol.ids import PeerId
+from protocol.memory import LinkSpec, MemoryTransport
 from protocol.virtual_time import run_virtual
 from protocol.wire import write_message
 from tests.node.pipeline.stages import (
     PER_MICROBATCH,
     RUN,
     Pipeline,
+    StagePeer,
     gradients,
     microbatches,
     train_all,
@@ -186,6 +189,118 @@ def test_a_cut_link_is_gone_around() -> None:
             assert [pipeline.counted(stage) for stage in range(3)] == [2 * PER_MICROBATCH] * 3
 
     run_virtual(story())
+
+
+def cut(pipeline: Pipeline, one: PeerId, other: PeerId) -> None:
+    """Nothing passes between two peers any more, and neither is told."""
+    pipeline.network.set_link(one, other, LinkSpec(loss=1.0))
+
+
+def test_whoever_waits_for_a_late_peer_is_not_given_up_for_it() -> None:
+    """The second stage waits as long for the third as the first waits for the second; it says that it is at it."""
+
+    async def story() -> None:
+        async with Pipeline(3, replicas=2) as pipeline:
+            for each in pipeline.peers:
+                if each is not pipeline.at(2):  # which is an iteration behind
+                    each.server.next_iteration()
+            (loss,) = await train_all(pipeline, [pipeline.path(0, 1, 2)])
+            assert isinstance(loss, float)
+            visited = [pipeline.at(stage, number).worker.num_tokens > 0 for stage in (1, 2) for number in (0, 1)]
+            assert visited == [True, False, False, True]
+
+    run_virtual(story())
+
+
+def test_who_cannot_pass_it_on_leaves_it_to_the_holder() -> None:
+    async def story() -> None:
+        async with Pipeline(3, replicas=2, may_skip=False) as pipeline:
+            for number in (0, 1):
+                cut(pipeline, pipeline.at(1).peer, pipeline.at(2, number).peer)
+            (loss,) = await train_all(pipeline, [pipeline.path(0, 1, 2)])
+            assert isinstance(loss, float), loss
+            assert pipeline.at(1, 1).worker.num_tokens == PER_MICROBATCH
+            assert [pipeline.counted(stage) for stage in range(3)] == [PER_MICROBATCH] * 3
+
+    run_virtual(story())
+
+
+def test_what_has_come_back_another_way_is_not_tried_further() -> None:
+    """A slow peer is given up, and is faster in the end than the one that was asked instead."""
+
+    async def story() -> None:
+        async with Pipeline(3, replicas=2) as pipeline:
+            pipeline.at(1, 0).compute.stalls[FORWARD] = 5.5
+            pipeline.at(1, 1).compute.stalls[FORWARD] = 1000.0
+            (loss,) = await train_all(pipeline, [pipeline.path(0, 1, 2)])
+            assert isinstance(loss, float), loss
+            assert asyncio.get_running_loop().time() < 9.0
+            assert [pipeline.counted(stage) for stage in range(3)] == [PER_MICROBATCH] * 3
+
+    run_virtual(story())
+
+
+def test_whoever_was_waited_for_in_vain_is_asked_last_for_a_while() -> None:
+    async def story() -> None:
+        async with Pipeline(2, replicas=2) as pipeline:
+            origin, silent, other = pipeline.at(0), pipeline.at(1), pipeline.at(1, 1)
+            path, loop = pipeline.path(0, 1), asyncio.get_running_loop()
+            silent.compute.stalls[FORWARD] = 8.0
+            seconds = []
+            for _ in range(3):
+                started_s = loop.time()
+                await origin.server.train(microbatches(1)[0], path=path)
+                seconds.append(loop.time() - started_s)
+            assert seconds[0] > 5.0
+            assert max(seconds[1:]) < 1.5
+            assert other.worker.num_tokens == 3 * PER_MICROBATCH
+            await asyncio.sleep(25.0)
+            await origin.server.train(microbatches(1)[0], path=path)
+            assert silent.worker.num_tokens == PER_MICROBATCH
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize(("stage", "what"), [(0, "_run_loss"), (1, BACKWARD), (1, "commit"), (0, BACKWARD)])
+def test_an_iteration_may_end_while_a_pass_waits_for_the_processor(stage: int, what: str) -> None:
+    async def story() -> None:
+        async with Pipeline(3) as pipeline:
+            pipeline.at(stage).compute.stalls[what] = 5.0
+            training = asyncio.create_task(train_all(pipeline, [pipeline.path(0, 1, 2)]))
+            await pipeline.at(stage).compute.begins(what)
+            for each in pipeline.peers:
+                each.server.next_iteration()
+                each.worker.clear()
+            assert isinstance((await training)[0], MicrobatchLostError)
+            await asyncio.sleep(100.0)
+            assert [pipeline.counted(each) for each in range(3)] == [0] * 3
+            assert [bugs(each) for each in pipeline.peers] == [0] * 3
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize(("stage", "what"), [(1, "commit"), (2, FORWARD)])
+def test_whoever_drops_a_microbatch_that_it_has_taken_tells_the_origin(stage: int, what: str) -> None:
+    """The second stage has told the one before, or after, not to wait, and then ends its iteration before all others."""
+
+    async def story() -> None:
+        async with Pipeline(3, replicas=2) as pipeline:
+            pipeline.at(stage).compute.stalls[what] = 8.0
+            training = asyncio.create_task(train_all(pipeline, [pipeline.path(0, 1, 2)]))
+            await pipeline.at(stage).compute.begins(what)
+            await asyncio.sleep(1.0)
+            pipeline.at(1).server.next_iteration()
+            assert isinstance((await training)[0], MicrobatchLostError)
+            assert asyncio.get_running_loop().time() < 12.0
+            assert [pipeline.counted(each) for each in (0, 1)] == [0, 0]
+
+    run_virtual(story())
+
+
+def bugs(each: StagePeer) -> int:
+    """Handlers that have ended by an error of ours."""
+    assert isinstance(each.transport, MemoryTransport)
+    return each.transport.incoming.num_bugs
 
 
 def test_an_iteration_ends_for_all_when_every_origin_says_so() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from node.peer import Summary
 from node.role import memory_needed
+from protocol.memory import LinkSpec
 from protocol.records import LinkNote
 from protocol.virtual_time import run_virtual
 from tests.node.memory_swarm import MemorySwarm
@@ -151,6 +152,34 @@ class _TheEndError(Exception):
 
 async def _keep_nothing(self: object) -> None:
     pass
+
+
+def test_a_cut_link_costs_a_few_iterations_time_and_not_all_of_them(tmp_path: Path) -> None:
+    """Between a peer of stage 0 and one of stage 1; each still reaches the other's replica."""
+    signed, store = tiny_run(
+        tmp_path, **STAGED | {"pipeline__stages": 2, "pipeline__skip_ratio": 0.0}, sync__total_rounds=6
+    )
+    swarm = MemorySwarm(signed, store, tmp_path)
+    names = [f"peer {number}" for number in range(4)]
+    cut_at = 8
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in names:
+                tasks.create_task(swarm.live(name, step_s=0.02))
+            for name in names:
+                await swarm.until(name, "iteration", number=cut_at)
+            stages = {peer.progress.stage: peer.progress.peer for peer in swarm.peers.values()}
+            swarm.network.set_link(stages[0], stages[1], LinkSpec(latency_s=1e6))
+
+    torch.set_num_threads(1)
+    run_virtual(story())
+    for name in names:
+        told = [fields for fields in swarm.named(name, "iteration") if fields["number"] > cut_at + 1]
+        assert told[-1]["number"] == 6 * 5 - 1
+        assert len(told) > 15
+        assert sum(fields["seconds"] > 2.0 for fields in told) < 5
+        assert sum(fields["tokens"] > 0 for fields in told) > 12
 
 
 def test_memory_decides_what_a_peer_may_take(tmp_path: Path) -> None:
