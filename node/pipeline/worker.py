@@ -91,8 +91,10 @@ class StageWorker:
         return None if is_first else found[0]
 
     def commit(self, key: MicrobatchKey) -> None:
-        """Count the microbatch's gradients, and forget it."""
-        visit = self.visits.pop(key)
+        """Count the microbatch's gradients, and forget it; harmless for one that was forgotten before."""
+        visit = self.visits.pop(key, None)
+        if visit is None:
+            return
         with torch.no_grad():
             for gradients in (visit.gradients, visit.head_gradients):
                 for parameter, gradient in zip(self._parameters, gradients, strict=False):

@@ -64,6 +64,19 @@ def test_stages_may_be_skipped_and_change_places(stages: tuple[int, ...]) -> Non
     run_virtual(story())
 
 
+def test_each_hop_takes_one_way_and_the_last_answer_a_round_trip() -> None:
+    """Nobody asks before activations or gradients are on their way."""
+
+    async def story(latency_s: float) -> float:
+        async with Pipeline(3, latency_s=latency_s, hop_timeout_s=100.0) as pipeline:
+            await train_all(pipeline, [pipeline.path(0, 1, 2)])
+            return asyncio.get_running_loop().time()
+
+    ways = run_virtual(story(2.0)) - run_virtual(story(1.0))
+    opening = 2  # on the memory network
+    assert ways == pytest.approx(6 * (opening + 1) + 2)
+
+
 def test_fewer_slots_take_longer_and_nothing_is_lost() -> None:
     async def story(slots: int) -> float:
         async with Pipeline(3, slots=slots, waiting=0) as pipeline:

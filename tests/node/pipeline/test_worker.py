@@ -61,6 +61,7 @@ def test_what_is_not_committed_does_not_count() -> None:
     second.backward(KEY, gradient)
     second.forget(KEY)
     second.forget(KEY)
+    second.commit(KEY)
     assert second.num_tokens == 0
     assert all(bool((p.grad == 0).all()) for p in second.stage.parameters() if p.grad is not None)
     assert second.end_iteration(least_tokens=1) == 0
