@@ -13,10 +13,11 @@ and six, of which it visits four. Stage 0 has three peers and every other one tw
 
     python -m tests.benchmarks.pipeline [--json] [--iterations 8] [--planning 8] [--only NAME …] [--traces FILE]
 
-Per method `iteration_s` with its quartiles, `predicted_s`, the event simulation of the same plan with the numbers by which the
-swarm was built (nothing measured goes in), `error`, microbatches `returned` and `lost`, bytes on the lines, processor time as a
-share of all cores, and `overruns`, the share of passes whose work took longer than the given time. Trust the times only where
-these are rare: elsewhere other programs had the cores.
+Per method `iteration_s` with its quartiles; `predicted_s`, the event simulation of the same plan with the numbers by which the
+swarm was built (nothing measured goes in), and `error`; `fair_s` and `fair_error` of a simulation in which transfers share their
+lines as TCP shares them (tests/benchmarks/pipeline_peers/fair_lines.py) and the last answers are waited for; microbatches
+`returned` and `lost`, bytes on the lines, processor time as a share of all cores, and `overruns`, the share of passes whose work
+took longer than the given time. Trust the times only where these are rare: elsewhere other programs had the cores.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from node.pipeline.case import Case
 from node.pipeline.plan import Plan
 from node.pipeline.replay import replay
 from node.pipeline.solver import replan, solve
+from tests.benchmarks.pipeline_peers.fair_lines import replay_fairly
 from tests.benchmarks.pipeline_peers.world import (
     BACKWARD_MULTIPLIER,
     LOSS_MULTIPLIER,
@@ -167,21 +169,24 @@ def measure(swarm: Swarm, method: str, path_length: int, options: argparse.Names
     """One method."""
     iterations = options.iterations + WARM_UP
     case, plans = plans_for(method, swarm.world, path_length, seconds=options.planning, iterations=iterations)
-    predicted = [replay(case, plan)[0] for plan in plans]
+    counted = plans if len(plans) == 1 else plans[WARM_UP:]
+    expected_s = statistics.median(replay(case, plan)[0] for plan in counted)
+    fair_s = statistics.median(replay_fairly(case, plan) for plan in counted)
     hosts = range(len(swarm.peers))
     before_bytes = sum(swarm.lines.sent_bytes(index) for index in hosts)
     seconds, told = swarm.run(plans, iterations)
     sent_bytes = sum(swarm.lines.sent_bytes(index) for index in hosts) - before_bytes
-    counted_predictions = predicted if len(predicted) == 1 else predicted[WARM_UP:]
     quartiles = statistics.quantiles(seconds, n=4)
     passes = [each for answer in told for each in answer["passes"]]
-    middle, expected = statistics.median(seconds), statistics.median(counted_predictions)
+    middle = statistics.median(seconds)
     wall_s = max(answer["ends_s"][-1] for answer in told) - min(p[1] for p in passes)
     return {
         "iteration_s": round(middle, 3),
         "quartiles_s": [round(quartiles[0], 3), round(quartiles[2], 3)],
-        "predicted_s": round(expected, 3),
-        "error": round(middle / expected - 1.0, 3),
+        "predicted_s": round(expected_s, 3),
+        "error": round(middle / expected_s - 1.0, 3),
+        "fair_s": round(fair_s, 3),
+        "fair_error": round(middle / fair_s - 1.0, 3),
         "iterations": len(seconds),
         "returned": sum(sum(answer["returned"]) for answer in told),
         "lost": sum(sum(answer["lost"]) for answer in told),
