@@ -221,7 +221,15 @@ class Handover:
                         return None
                     has_computed = True
                     await write_message(stream, Reply(ok=await asyncio.shield(counts)))
+                    await _until_closed(stream)
                     return True
         except (LlmNodeError, TimeoutError) as error:
             self._on_failure(task, str(error) or "too slow")
             return False if has_computed else None  # it may have heard it: nobody else is asked
+
+
+async def _until_closed(stream: Stream) -> None:
+    """Let the peer close first: on a busy machine p2pd resets a stream before what was written right before its end is read."""
+    with contextlib.suppress(LlmNodeError, TimeoutError):
+        async with asyncio.timeout(NOTICE_TIMEOUT_S):
+            await stream.read_exactly(1)

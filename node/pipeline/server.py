@@ -373,7 +373,9 @@ class StageServer:
             return True
         with contextlib.suppress(LlmNodeError, TimeoutError):
             async with asyncio.timeout(HEADER_TIMEOUT_S):
-                return (await read_message(stream, Reply)).ok
+                reply = await read_message(stream, Reply)
+            await stream.close()  # the holder waits for that
+            return reply.ok
         return False
 
     async def _receive(self, stream: Stream, heard_s: float) -> Tensor:

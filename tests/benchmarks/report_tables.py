@@ -223,6 +223,7 @@ def _partial_tables(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 ARRANGED: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {"partial": _partial_tables}
 
+
 def _pipeline(result: Mapping[str, Any]) -> Iterator[str]:
     for skipped, methods in result.items():
         ours, full = (pick(methods, name, "iteration_s") for name in ("ours", "full"))

@@ -1,9 +1,9 @@
 """The event simulation once more, with lines as TCP shares them: all transfers on a line at once, each with its part of it.
 
 node/pipeline/replay.py lets transfers through one after the other, in the order in which they were asked for, and counts an
-iteration up to its last backward pass. Here a transfer gets the lesser of its parts of both lines, and the iteration ends as it does
-in the executor: the origin has asked whether the last backward pass counts, and every peer has heard of the end. What the two differ
-by is what the planner's model leaves out; this one is too slow to plan with.
+iteration up to its last backward pass. Here a transfer gets the lesser of its parts of both lines, and the iteration ends as it
+does in the executor: the origin has asked whether the last backward pass counts, and every peer has heard of the end. What the two
+differ by is what the planner's model leaves out; this one is too slow to plan with.
 """
 
 from __future__ import annotations
