@@ -6,7 +6,7 @@ that the microbatch is lost. Nothing here waits longer than `hop_timeout_s` for 
 
 Nothing counts twice. Forward passes may be run by two peers when one was given up and is alive after all: only one of them reaches
 the origin first, and the loss is taken once. A backward pass counts where the holder says so, once it has been computed; a
-holder says so at most once.
+holder says so at most once, and not before it was told so itself.
 
 A peer that is frozen, or out of reach from here alone, stays in the directory. So whoever has cost us some time in vain is
 asked last for a few times as long: not more than a fifth of the time is lost with it, and it is not given up for ever.
@@ -114,8 +114,13 @@ class Handover:
             if not taken.done():
                 taken.set_result(False)
 
-    async def backward(self, task: Task, payload: memoryview) -> bool:
-        """Pass a gradient back to `task.position` of the path; True once that peer has computed and was told to count it."""
+    async def backward(self, task: Task, payload: memoryview, counts: asyncio.Future[bool]) -> bool:
+        """Pass a gradient back to `task.position` of the path; True once that peer has computed and was told to count it.
+
+        Args:
+            counts: tells, once that is known, whether our own part of the microbatch counts. The gradient is on its way before;
+                if it does not, then neither does what was made of it, and nobody else is asked.
+        """
         position = task.position
         ways = [task.model_copy(update={"kind": "backward"})]
         if position > 0:
@@ -124,13 +129,14 @@ class Handover:
                 ways.append(task.model_copy(update={"kind": "again", "path": path}))
         for way in ways:
             started_s = asyncio.get_running_loop().time()
-            decided = await self._give_back(way, payload)
+            decided = await self._give_back(way, payload, counts)
             self._remember(PeerId(way.path[position]), bool(decided), started_s)
             if decided:
                 return True
-            if decided is not None:
+            if decided is not None or not await asyncio.shield(counts):
                 break
-        await self.lose(task)
+        if await asyncio.shield(counts):
+            await self.lose(task)
         return False
 
     async def input_of(self, task: Task) -> memoryview:
@@ -214,10 +220,8 @@ class Handover:
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 async with await self._transport.open(PeerId(task.path[task.position]), TASK_PROTOCOL) as stream:
-                    await write_message(stream, task)
-                    if not await self._is_yes(stream, task):
+                    if not await self._send(stream, task, payload):
                         return False
-                    await write_bulk(stream, payload)
                     if not taken.done():
                         taken.set_result(True)
                     limit.reschedule(loop.time() + timeout_s)
@@ -228,6 +232,20 @@ class Handover:
             self._on_failure(task, str(error) or "too slow")
             return False
 
+    async def _send(self, stream: Stream, task: Task, payload: memoryview) -> bool:
+        """A task and, without waiting for the answer, what comes with it: a round trip less for each hop. Whether it was taken."""
+        await write_message(stream, task)
+        # The peer may let us wait until it has room, as long as a hop may take.
+        sending = asyncio.create_task(write_bulk(stream, payload, chunk_timeout_s=self._terms.hop_timeout_s))
+        try:
+            if not await self._is_yes(stream, task):
+                return False
+            await sending
+            return True
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
     async def _is_yes(self, stream: Stream, task: Task) -> bool:
         return self._is_taken(await read_message(stream, Reply), task)
 
@@ -236,22 +254,26 @@ class Handover:
             self._on_failure(task, reply.reason)
         return reply.ok
 
-    async def _give_back(self, task: Task, payload: memoryview) -> bool | None:
+    async def _give_back(self, task: Task, payload: memoryview, counts: asyncio.Future[bool]) -> bool | None:
         """Hand a gradient to one peer. True or False: it was told to count, which succeeded as far as we know or not; None: it was
         not, so another may be asked."""
         has_computed = False
         try:
             async with asyncio.timeout(self._terms.hop_timeout_s):
                 async with await self._transport.open(PeerId(task.path[task.position]), TASK_PROTOCOL) as stream:
-                    await write_message(stream, task)
-                    if not await self._is_yes(stream, task):
-                        return None
-                    await write_bulk(stream, payload)
-                    if not await self._is_yes(stream, task):
+                    if not await self._send(stream, task, payload) or not await self._is_yes(stream, task):
                         return None
                     has_computed = True
-                    await write_message(stream, Reply(ok=True))
+                    await write_message(stream, Reply(ok=await asyncio.shield(counts)))
+                    await _until_closed(stream)
                     return True
         except (LlmNodeError, TimeoutError) as error:
             self._on_failure(task, str(error) or "too slow")
             return False if has_computed else None  # it may have heard it: nobody else is asked
+
+
+async def _until_closed(stream: Stream) -> None:
+    """Let the peer close first: on a busy machine p2pd resets a stream before what was written right before its end is read."""
+    with contextlib.suppress(LlmNodeError, TimeoutError):
+        async with asyncio.timeout(NOTICE_TIMEOUT_S):
+            await stream.read_exactly(1)

@@ -74,12 +74,10 @@ class Links:
         transport.handle(PROBE_PROTOCOL, self.serve)
 
     def note_transfer(self, peer: PeerId, num_bytes: int, seconds: float) -> None:
-        """`num_bytes` have come in, `seconds` after we asked for them."""
+        """`num_bytes` have come in, `seconds` after what was sent right before them."""
         link = self._links.get(peer)
         if link is not None and link.round_trip_s is not None:
-            # What is hardly longer than the round trip says only that the link is fast.
-            transfer_s = max(seconds - link.round_trip_s, 0.1 * seconds, num_bytes / MAX_BYTES_PER_S)
-            link.bytes_per_s.append(num_bytes / transfer_s)
+            link.bytes_per_s.append(num_bytes / max(seconds, num_bytes / MAX_BYTES_PER_S))
 
     def notes(self) -> list[LinkNote]:
         """What the record tells: those probed last, newest first."""
@@ -114,7 +112,9 @@ class Links:
             pings = [await self._ask(stream, 0) for _ in range(NUM_PINGS)]
             link.round_trip_s = min(pings)
             num_bytes = round(min(max(link.goodput * PROBED_S, LEAST_BYTES), MOST_BYTES))
-            self.note_transfer(peer, num_bytes, await self._ask(stream, num_bytes))
+            seconds = await self._ask(stream, num_bytes)
+            # What is hardly longer than the round trip says only that the link is fast.
+            self.note_transfer(peer, num_bytes, max(seconds - link.round_trip_s, 0.1 * seconds))
 
     async def _ask(self, stream: Stream, num_bytes: int) -> float:
         """Seconds until all is here."""

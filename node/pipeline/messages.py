@@ -2,8 +2,8 @@
 
     holder                                 next peer
     Task      ──────────────────────────►            what it is, and the whole path
-              ◄──────────────────────────  Reply     ok: I have room; else why not
     payload   ──────────────────────────►            activations or gradients, length known from the manifest
+              ◄──────────────────────────  Reply     ok: I have room; else why not, and the rest of the payload is not read
     ── forward and loss ──
               ◄──────────────────────────  Reply     trying: computed, and I am looking for somebody to take it; any number of these
               ◄──────────────────────────  Reply     ok: somebody after me has it, or I keep it; the holder may forget the stream

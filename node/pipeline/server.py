@@ -44,6 +44,8 @@ RECENT = 0.2
 HEADER_TIMEOUT_S = 10.0
 """Time for a stranger's message, and for the holder to say whether a computed gradient counts."""
 
+PROMPT_S = 0.005
+
 
 class StageServer:
     """One peer's part in the pipeline.
@@ -184,10 +186,11 @@ class StageServer:
         try:
             async with asyncio.timeout(HEADER_TIMEOUT_S):
                 task = await read_message(stream, Task)
+            heard_s = asyncio.get_running_loop().time()
             refusal = await self._ledger.refusal(task, stream.peer)
             if refusal is None:
                 self._handover.heard_from(stream.peer)
-                await serve[task.kind](stream, task)
+                await serve[task.kind](stream, task, heard_s)
                 return
             self._violations[stream.peer] += refusal == "not-for-me"
             await write_message(stream, Reply(ok=False, reason=refusal))
@@ -228,12 +231,12 @@ class StageServer:
 
     # ---- forward and loss
 
-    async def _forward(self, stream: Stream, task: Task) -> None:
+    async def _forward(self, stream: Stream, task: Task, heard_s: float) -> None:
         held = Held(path=task.path)
         self._ledger.take(key_of(task), held)
         has_moved = False
         try:
-            inputs = await self._receive(stream)
+            inputs = await self._receive(stream, heard_s)
             taken = asyncio.get_running_loop().create_future()
             async with asyncio.TaskGroup() as tasks:
                 moving = tasks.create_task(self._visit(task, inputs, taken))
@@ -284,8 +287,8 @@ class StageServer:
     def _run_forward(self, key: MicrobatchKey, inputs: Tensor) -> memoryview:
         return self._codec.encode(self._worker.forward(key, inputs))
 
-    async def _loss(self, stream: Stream, task: Task) -> None:
-        hidden = await self._receive(stream)
+    async def _loss(self, stream: Stream, task: Task, heard_s: float) -> None:
+        hidden = await self._receive(stream, heard_s)
         held = self._ledger.get(task)
         if held is None or held.phase != "out":  # another peer was faster
             await write_message(stream, Reply(ok=False, reason="unknown"))
@@ -293,7 +296,11 @@ class StageServer:
         held.phase, held.path = "turned", task.path
         await write_message(stream, Reply(ok=True))
         gradient = await self._head(task, held, hidden)
-        if gradient is not None and not await self._handover.backward(_returning(task, len(task.path) - 1), gradient):
+        if gradient is None:
+            return
+        counts = asyncio.get_running_loop().create_future()
+        counts.set_result(True)
+        if not await self._handover.backward(_returning(task, len(task.path) - 1), gradient, counts):
             held.lose("nobody could take its gradient")
 
     async def _head(self, task: Task, held: Held, hidden: Tensor) -> memoryview | None:
@@ -316,12 +323,12 @@ class StageServer:
 
     # ---- backward
 
-    async def _backward(self, stream: Stream, task: Task) -> None:
+    async def _backward(self, stream: Stream, task: Task, heard_s: float) -> None:
         held = self._ledger.get(task)
         assert held is not None, "the ledger has looked"
         held.phase = "back"
         try:
-            gradient = await self._receive(stream)
+            gradient = await self._receive(stream, heard_s)
         except BaseException:
             if held.finished is None and self._ledger.get(task) is held:
                 self._ledger.forget(key_of(task))
@@ -329,11 +336,11 @@ class StageServer:
             raise
         await self._return(task, gradient, stream=stream)
 
-    async def _again(self, stream: Stream, task: Task) -> None:
+    async def _again(self, stream: Stream, task: Task, heard_s: float) -> None:
         held = Held(path=task.path, phase="back")
         self._ledger.take(key_of(task), held)
         try:
-            gradient = await self._receive(stream)
+            gradient = await self._receive(stream, heard_s)
             inputs = await self._compute.run(self._codec.decode, await self._handover.input_of(task))
         except BaseException:
             self._ledger.forget(key_of(task))
@@ -351,21 +358,41 @@ class StageServer:
                     return
                 self._ledger.free_slot(held)
                 onward = await self._paced(BACKWARD, self._run_backward, key_of(task), gradient)
-            if not await self._still_counts(stream):
-                return
-            try:
-                await self._compute.run(self._worker.commit, key_of(task))
-            except VisitGoneError:  # nobody else answers for it any more
-                await self._handover.lose(task)
-                raise
+            await self._count(task, held, onward, stream)
         finally:
             if held is not None and held.finished is None and self._ledger.get(task) is held:
                 self._ledger.forget(key_of(task))
-        if onward is not None:
-            await self._handover.backward(_returning(task, task.position - 1), onward)
-        elif held.finished is not None and not held.finished.done():
-            assert held.loss is not None
-            held.finished.set_result(held.loss)
+
+    async def _count(self, task: Task, held: Held, onward: memoryview | None, stream: Stream | None) -> None:
+        """Ask the holder whether a backward pass still counts; meanwhile its gradient is on its way already, since the next peer's
+        does not count before ours does. The origin's microbatch has then come back."""
+        if stream is not None and not await self._tell_computed(stream):
+            return
+        counts = asyncio.get_running_loop().create_future()
+        async with asyncio.TaskGroup() as tasks:
+            if onward is not None:
+                back = _returning(task, task.position - 1)
+                passing = tasks.create_task(self._handover.backward(back, onward, counts))
+            is_ours = await self._still_counts(stream) and await self._commit(task)
+            counts.set_result(is_ours)
+            if not is_ours:
+                if onward is not None:
+                    passing.cancel()
+                return
+            if held.finished is None:
+                self._ledger.forget(key_of(task))
+            elif not held.finished.done():
+                assert held.loss is not None
+                held.finished.set_result(held.loss)
+
+    async def _commit(self, task: Task) -> bool:
+        """Count a backward pass; False if its visit was given up meanwhile, as when the iteration has ended."""
+        try:
+            await self._compute.run(self._worker.commit, key_of(task))
+        except VisitGoneError:  # nobody else answers for it any more
+            await self._handover.lose(task)
+            return False
+        return True
 
     def _run_backward(self, key: MicrobatchKey, gradient: Tensor) -> memoryview | None:
         onward = self._worker.backward(key, gradient)
@@ -377,25 +404,38 @@ class StageServer:
         self.pace[kind] = (1.0 - RECENT) * self.pace.get(kind, seconds) + RECENT * seconds
         return result
 
+    async def _tell_computed(self, stream: Stream) -> bool:
+        """Whether the holder may still hear that we have; a stream that it has closed says that it has given us up."""
+        with contextlib.suppress(TransportError):
+            await write_message(stream, Reply(ok=True))
+            return True
+        return False
+
     async def _still_counts(self, stream: Stream | None) -> bool:
-        """Ask the holder; nobody else may have been asked meanwhile, or the microbatch would count twice."""
+        """The holder's answer; nobody else may have been asked meanwhile, or the microbatch would count twice."""
         if stream is None:
             return True
         with contextlib.suppress(LlmNodeError, TimeoutError):
             async with asyncio.timeout(HEADER_TIMEOUT_S):
-                await write_message(stream, Reply(ok=True))
-                return (await read_message(stream, Reply)).ok
+                reply = await read_message(stream, Reply)
+            await stream.close()  # the holder waits for that
+            return reply.ok
         return False
 
-    async def _receive(self, stream: Stream) -> Tensor:
-        """Say yes to a task and read what comes with it."""
+    async def _receive(self, stream: Stream, heard_s: float) -> Tensor:
+        """Say yes to a task and read what comes with it.
+
+        Args:
+            heard_s: when we read the task. What follows it is on its way by then, and says how fast the link is unless it was let
+                wait here.
+        """
         loop = asyncio.get_running_loop()
-        asked_s = loop.time()
+        has_waited = loop.time() - heard_s > PROMPT_S
         await write_message(stream, Reply(ok=True))
         payload = bulk_buffer(self._terms.payload_bytes)
         await read_bulk_into(stream, payload)
-        if self._links is not None:
-            self._links.note_transfer(stream.peer, self._terms.payload_bytes, loop.time() - asked_s)
+        if self._links is not None and not has_waited:
+            self._links.note_transfer(stream.peer, self._terms.payload_bytes, loop.time() - heard_s)
         try:
             return await self._compute.run(self._codec.decode, payload)
         except ProtocolError:

@@ -285,7 +285,21 @@ def _partial(result: Mapping[str, Any]) -> Iterator[Picture]:
     yield Picture("partial", "Held-out loss when stages are omitted after training, by way of training", [panel])
 
 
+def _pipeline(result: Mapping[str, Any]) -> Iterator[Picture]:
+    panels = []
+    for skipped, methods in result.items():
+        rows: list[Row] = []
+        for name, method in methods.items():
+            if (seconds := middle(pick(method, "iteration_s"))) is not None:
+                rows.append((name, seconds, pick(method, "quartiles_s") or [], name == "ours"))
+                for field, label in (("predicted_s", "predicted"), ("fair_s", "fair lines")):
+                    rows.append((f"{name}, {label}", pick(method, field) or 0.0, [], False))
+        panels.append(Bars(f"{skipped} of the stages skipped", "seconds per iteration, dots: quartiles", rows))
+    yield Picture("pipeline", "Seconds per iteration between real processes, measured and predicted", panels)
+
+
 PICTURES: dict[str, Callable[[Mapping[str, Any]], Iterator[Picture]]] = {
+    "pipeline": _pipeline,
     "schedule": _schedule,
     "partial": _partial,
     "sync": _sync,

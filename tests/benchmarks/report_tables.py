@@ -223,10 +223,20 @@ def _partial_tables(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 ARRANGED: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {"partial": _partial_tables}
 
+
+def _pipeline(result: Mapping[str, Any]) -> Iterator[str]:
+    for skipped, methods in result.items():
+        ours, full = (pick(methods, name, "iteration_s") for name in ("ours", "full"))
+        if ours and full:
+            less = 1.0 - ours / full
+            yield f"{skipped} skipped {cell(ours)} s, full pipeline {cell(full)} s: {less:.0%} less"
+
+
 HEADLINES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "codecs": _codecs,
     "convergence": _convergence,
     "partial": _partial,
+    "pipeline": _pipeline,
     "schedule": _schedule,
     "swarm": _swarm,
     "sync": _sync,

@@ -147,7 +147,7 @@ def run_ours(sizes: list[int], settings: list[str], *, repeats: int, eager: bool
         homes = [Path(folder) / name for name in ("a", "b")]
         for home in homes:
             home.mkdir()
-        with running("ours", [str(home) for home in homes]) as pair:
+        with running("sync_peers.ours", [[str(home)] for home in homes]) as pair:
             first, second = pair.greetings
             meet = [
                 {"partner": second["peer"], "address": second["address"]},
@@ -170,9 +170,9 @@ def run_ours(sizes: list[int], settings: list[str], *, repeats: int, eager: bool
 def run_hivemind(sizes: list[int], *, repeats: int) -> Json:
     """All sizes and settings of hivemind."""
     results: Json = {}
-    with running("hivemind", [""]) as lonely:
+    with running("sync_peers.hivemind", [[""]]) as lonely:
         address = lonely.greetings[0]["address"]
-        with running("hivemind", [address]) as other:
+        with running("sync_peers.hivemind", [[address]]) as other:
             pair = lonely.joined(other)
             for size in sizes:
                 results[str(size)] = {}

@@ -4,7 +4,8 @@
     host 1 ──line──┤ switch     both ends of a line pass only its rate (tc tbf), so uploads and downloads are limited alike
     host 2 ──line──┘
 
-Made and removed by the tests themselves, which needs root and iproute2.
+With latencies, the switch is a router: all that one host sends to another passes a process that holds it for the time between the
+two (tests/net/delay.py). Made and removed by the tests themselves, which needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 __all__ = ["Namespaces", "obstacle"]
 
 MIN_BURST_BYTES = 16_000
+ROUTER = "10.177.0.254"
 
 
 def obstacle() -> str | None:
@@ -50,13 +53,14 @@ class Namespaces:
 
     Args:
         rates_bits_per_s: speed of each host's line.
+        latency_s: one-way times between hosts, from row to column; left out: none.
     """
 
     _numbers = itertools.count()
 
-    def __init__(self, rates_bits_per_s: Sequence[int]) -> None:
+    def __init__(self, rates_bits_per_s: Sequence[int], *, latency_s: Sequence[Sequence[float]] = ()) -> None:
         self._stem = f"llm-{os.getpid()}-{next(self._numbers)}"
-        self._rates = tuple(rates_bits_per_s)
+        self._rates, self._latency_s = tuple(rates_bits_per_s), latency_s
         self.hosts = tuple(f"10.177.0.{number}" for number in range(1, len(self._rates) + 1))
         """IP address of each host."""
         self._switch = f"{self._stem}-switch"
@@ -69,6 +73,8 @@ class Namespaces:
             run("ip", "-n", self._switch, "link", "set", "switch", "up")
             for index in range(len(self._rates)):
                 self._plug_in(index, stack)
+            if self._latency_s:
+                self._lengthen(stack)
             self._cleanup = stack.pop_all()
         return self
 
@@ -124,6 +130,39 @@ class Namespaces:
         for end, device in ((place, "line"), (self._switch, port)):
             run("ip", "-n", end, "link", "set", device, "up")
             run("tc", "-n", end, "qdisc", "add", "dev", device, "root", "tbf", *limit)
+
+    def _lengthen(self, stack: ExitStack) -> None:
+        """Send everything between hosts through a process that delays it."""
+        for index, host in enumerate(self.hosts):  # no host reaches another but through the router
+            place = self._place(index)
+            run("ip", "-n", place, "address", "replace", f"{host}/32", "dev", "line")
+            run("ip", "-n", place, "address", "delete", f"{host}/24", "dev", "line")
+            run("ip", "-n", place, "route", "add", ROUTER, "dev", "line")
+            run("ip", "-n", place, "route", "add", "default", "via", ROUTER)
+        inside = ("ip", "netns", "exec", self._switch)
+        settings = ("net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0")
+        run(*inside, "sysctl", "-q", "-w", *settings)
+        run("ip", "-n", self._switch, "address", "add", f"{ROUTER}/24", "dev", "switch")
+        delay = subprocess.Popen(
+            [*inside, sys.executable, "-m", "tests.net.delay", "delay"],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the hosts; this ends after them
+        )
+        stack.enter_context(delay)
+        assert delay.stdin is not None
+        assert delay.stdout is not None
+        stack.callback(delay.stdin.close)
+        rows = zip(self.hosts, self._latency_s, strict=True)
+        delay.stdin.write(json.dumps({host: dict(zip(self.hosts, row, strict=True)) for host, row in rows}) + "\n")
+        delay.stdin.flush()
+        if delay.stdout.readline() != "ready\n":
+            raise RuntimeError("packets can not be delayed here: see what tests/net/delay.py wrote above")
+        run("ip", "-n", self._switch, "link", "set", "delay", "up", "txqueuelen", "10000")
+        run("ip", "-n", self._switch, "route", "add", "default", "dev", "delay", "table", "100")
+        run("ip", "-n", self._switch, "rule", "add", "iif", "switch", "table", "100")
 
     @staticmethod
     def _passed(place: str, device: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,37 @@ from tests.net.swarm import RUN_SETTINGS, SEQUENCES, Swarm
 RATE_BITS_PER_S = 2_000_000
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
+
+
+SERVER = """
+import socket
+connection, _ = socket.create_server(("0.0.0.0", 5000)).accept()
+print(connection.recv(100_000, socket.MSG_WAITALL) == bytes(i % 251 for i in range(100_000)))
+"""
+CLIENT = """
+import socket, sys, time
+for _ in range(100):
+    started_s = time.monotonic()
+    try:
+        connection = socket.create_connection((sys.argv[1], 5000))
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.1)
+print(time.monotonic() - started_s)
+connection.sendall(bytes(i % 251 for i in range(100_000)))
+"""
+
+
+def test_a_long_line_takes_its_time_and_keeps_the_order() -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
+    with Namespaces((RATE_BITS_PER_S,) * 2, latency_s=((0.0, 0.15), (0.15, 0.0))) as line:
+        server = subprocess.Popen([*line.inside(0), sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+        client = [*line.inside(1), sys.executable, "-c", CLIENT, line.hosts[0]]
+        round_trip_s = float(subprocess.run(client, capture_output=True, text=True, check=True, timeout=60).stdout)
+        received, _ = server.communicate(timeout=60)
+    assert received == "True\n"
+    assert round_trip_s >= 0.3
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,22 +83,26 @@ class Pair:
 
 
 @contextmanager
-def running(module: str, arguments: list[str]) -> Iterator[Pair]:
-    """A process of `module` for each of the arguments; ended with the block.
+def running(
+    module: str, arguments: Sequence[Sequence[str]], *, prefixes: Sequence[Sequence[str]] = ()
+) -> Iterator[Pair]:
+    """A process of `tests.benchmarks.MODULE` for each of the arguments; ended with the block.
 
     Each has one thread for tensors: on two cores there is one for each. Its warnings are hivemind's, and of no use here.
+    `prefixes` run the command elsewhere, such as `ip netns exec NAME`.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", f"tests.benchmarks.sync_peers.{module}", argument],
+            [*prefix, sys.executable, "-m", f"tests.benchmarks.{module}", *each],
             cwd=_ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for us: peers end with their standard input
         )
-        for argument in arguments
+        for prefix, each in zip(prefixes or [()] * len(arguments), arguments, strict=True)
     ]
     try:
         yield Pair(processes)

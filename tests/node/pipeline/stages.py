@@ -102,6 +102,7 @@ class Pipeline:
     """`replicas` peers for each of `num_stages` stages; all replicas of a stage have the same weights.
 
     Args:
+        latency_s: one way, on `network`.
         transports: one per peer, stage by stage; left out, they are on `network`.
         terms: of the stage servers.
     """
@@ -112,10 +113,11 @@ class Pipeline:
         *,
         replicas: int = 1,
         codec: str = "fp32",
+        latency_s: float = 0.01,
         transports: Iterable[Transport] | None = None,
         **terms: Any,
     ) -> None:
-        self.network = MemoryNetwork(link=LinkSpec(latency_s=0.01))
+        self.network = MemoryNetwork(link=LinkSpec(latency_s=latency_s))
         self._transports = None if transports is None else iter(transports)
         self.num_stages = num_stages
         self.peers: list[StagePeer] = []

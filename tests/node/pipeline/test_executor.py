@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from model.stage import run_path
+from node.pipeline.handover import Handover, StageTerms
 from node.pipeline.ledger import MicrobatchLostError
-from node.pipeline.messages import NOTICE_PROTOCOL, Notice
+from node.pipeline.messages import NOTICE_PROTOCOL, TASK_PROTOCOL, Notice, Reply, Task
 from protocol.ids import PeerId
 from protocol.memory import LinkSpec, MemoryTransport
+from protocol.transport import Stream
 from protocol.virtual_time import run_virtual
-from protocol.wire import write_message
+from protocol.wire import read_bulk, read_message, write_message
 from tests.node.pipeline.stages import (
     PER_MICROBATCH,
     RUN,
@@ -25,6 +27,8 @@ from tests.node.pipeline.stages import (
     train_all,
     whole_gradients,
 )
+
+PAYLOAD_BYTES = 64
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 6])
@@ -65,6 +69,52 @@ def test_stages_may_be_skipped_and_change_places(stages: tuple[int, ...]) -> Non
             assert [pipeline.counted(stage) > 0 for stage in range(4)] == [stage in stages for stage in range(4)]
 
     run_virtual(story())
+
+
+def test_each_hop_takes_one_way_and_the_last_answer_a_round_trip() -> None:
+    """Nobody asks before activations or gradients are on their way."""
+
+    async def story(latency_s: float) -> float:
+        async with Pipeline(3, latency_s=latency_s, hop_timeout_s=100.0) as pipeline:
+            await train_all(pipeline, [pipeline.path(0, 1, 2)])
+            return asyncio.get_running_loop().time()
+
+    ways = run_virtual(story(2.0)) - run_virtual(story(1.0))
+    opening = 2  # on the memory network
+    assert ways == pytest.approx(6 * (opening + 1) + 2)
+
+
+def test_the_holder_does_not_close_before_its_last_answer_is_read() -> None:
+    """p2pd may reset a stream that is closed right after a write, and the answer is lost."""
+    is_open: list[bool] = []
+
+    async def serve(stream: Stream) -> None:
+        task = await read_message(stream, Task)
+        await read_bulk(stream, PAYLOAD_BYTES)
+        await write_message(stream, Reply(ok=True))
+        if task.kind == "backward":
+            await write_message(stream, Reply(ok=True))
+            assert (await read_message(stream, Reply)).ok
+            try:
+                async with asyncio.timeout(1.0):
+                    await stream.read_exactly(1)
+            except TimeoutError:
+                is_open.append(True)
+
+    async def story() -> None:
+        async with Pipeline(2) as pipeline:
+            origin, other = pipeline.at(0), pipeline.at(1)
+            other.transport.handle(TASK_PROTOCOL, serve)
+            terms = StageTerms(run=RUN, peer=origin.peer, payload_bytes=PAYLOAD_BYTES, slots=1)
+            handover = Handover(terms, origin.transport, pipeline, lambda task, reason: None)
+            counts = asyncio.get_running_loop().create_future()
+            counts.set_result(True)
+            task = Task(run=RUN, iteration=0, microbatch=1, kind="backward", path=[*pipeline.path(0, 1)], position=1)
+            assert await handover.backward(task, memoryview(bytes(PAYLOAD_BYTES)), counts)
+            await asyncio.sleep(2.0)
+
+    run_virtual(story())
+    assert is_open == [True]
 
 
 def test_fewer_slots_take_longer_and_nothing_is_lost() -> None:

@@ -53,7 +53,7 @@ def test_what_comes_in_counts_and_who_is_gone_is_forgotten() -> None:
             assert links.notes() == []
             await links.probe_next([other.peer_id])
             for _ in range(16):
-                links.note_transfer(other.peer_id, 1_000_000, 2.1)
+                links.note_transfer(other.peer_id, 1_000_000, 2.0)
             assert links.notes()[0].bytes_per_s == pytest.approx(5e5, rel=1e-3)
             await links.probe_next([])
             assert links.notes() == []

@@ -9,7 +9,7 @@ from torch import Tensor
 from model.initial import initialise
 from model.stage import Stage, run_path
 from node.pipeline.activations import ACTIVATION_CODECS, ActivationCodec
-from node.pipeline.worker import StageWorker
+from node.pipeline.worker import StageWorker, VisitGoneError
 from protocol.errors import ProtocolError
 from tests.node.pipeline.stages import CONFIG, SEQUENCES, TOKENS, microbatches
 
@@ -61,6 +61,8 @@ def test_what_is_not_committed_does_not_count() -> None:
     second.backward(KEY, gradient)
     second.forget(KEY)
     second.forget(KEY)
+    with pytest.raises(VisitGoneError):
+        second.commit(KEY)
     assert second.num_tokens == 0
     assert all(bool((p.grad == 0).all()) for p in second.stage.parameters() if p.grad is not None)
     assert second.end_iteration(least_tokens=1) == 0
