@@ -9,7 +9,7 @@ from tests.protocol.samples import manifest
 
 ROUND_S, NUM_STEPS, NUM_ROUNDS = 16.0, 16, 24
 MOST_ALONE = 0.6
-"""Of three one is left over, each in a third of the rounds on average: more than this share is no chance (one time in 500)."""
+"""Of three one is left over, each in a third of the rounds on average: more than this share is no chance (one time in 300)."""
 
 
 def swarm(starts: list[float], speeds: list[float]) -> list[ToyPeer]:
