@@ -5,8 +5,8 @@
                                                        apply between two steps
 
 There is no coordinator and no common clock; node/round_clock.py says which round a peer is in. Training never waits for an
-exchange: while one is under way the round takes more steps, and at its deadline the peer steps alone. A peer that met nobody,
-or has just come, ends its round with the others, to be there when they look for partners. Nor does training wait for the next
+exchange: while one is under way the round takes more steps, and at its deadline the peer steps alone. A peer that met nobody
+ends its next round with the others, to be there when they look for partners. Nor does training wait for the next
 round's tokens or the directory, which node/preparation.py brings beforehand: between two rounds there is only the packing.
 """
 
@@ -103,7 +103,7 @@ class RoundLoop:
         self._stopping = asyncio.Event()
         self._round_s = manifest.sync.round_target_s
         self._planned_steps = manifest.sync.inner_steps
-        self._met_nobody = True
+        self._met_nobody = False
         self._resumed_cursor: int | None = None
         self.batches: RoundBatches | None = None
         progress.sequences_per_step = settings.sequences
