@@ -5,6 +5,9 @@ takes over the swarm's number, and a peer that is faster than the others stretch
 caught up, instead of running away from everybody. "The swarm's number" is the median of all live trainers, this one
 included: it takes half of them to move it, and no claim moves it by more than MAX_SKIP at once. Peers whose records have
 stopped growing are not waited for; they may be dead, though their records live on for a while.
+
+Within a round a peer may be as late as to find everybody gone, and with equal speeds it would be so in all further rounds: of
+three, two would average with each other for ever. `is_behind` tells it when the others end theirs, so that it can end with them.
 """
 
 from __future__ import annotations
@@ -56,6 +59,10 @@ class RoundClock:
     def is_ahead(self, own: int) -> bool:
         """Whether the others are still in earlier rounds than `own`. Ending it now would find nobody to exchange with."""
         return own > self._median(own)
+
+    def is_behind(self, own: int) -> bool:
+        """Whether most of the others have ended `own` already: they exchange now, and not much later they are gone."""
+        return bool(self._rounds) and statistics.median_low(self._rounds) > own
 
     def _median(self, own: int) -> int:
         return int(statistics.median_low([own, *self._rounds]))

@@ -5,8 +5,9 @@
                                                        apply between two steps
 
 There is no coordinator and no common clock; node/round_clock.py says which round a peer is in. Training never waits for an
-exchange: while one is under way the round takes more steps, and at its deadline the peer steps alone. Nor does it wait for the
-next round's tokens or the directory, which node/preparation.py brings beforehand: between two rounds there is only the packing.
+exchange: while one is under way the round takes more steps, and at its deadline the peer steps alone. A peer that met nobody
+ends its next round with the others, to be there when they look for partners. Nor does training wait for the next
+round's tokens or the directory, which node/preparation.py brings beforehand: between two rounds there is only the packing.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ T = TypeVar("T")
 
 DEADLINE_SHARE = 1.5
 """An overlapped exchange may take this share of a round: peers end theirs up to a whole round apart."""
+LEAST_SHARE = 0.5
+"""A round that ends with the others' has this share of its steps at least."""
 RESIZE_LIMIT = 2.0
 """Largest change of the batch from one round to the next."""
 
@@ -99,6 +102,8 @@ class RoundLoop:
         self._clock = RoundClock(total_rounds=manifest.sync.total_rounds)
         self._stopping = asyncio.Event()
         self._round_s = manifest.sync.round_target_s
+        self._planned_steps = manifest.sync.inner_steps
+        self._met_nobody = False
         self._resumed_cursor: int | None = None
         self.batches: RoundBatches | None = None
         progress.sequences_per_step = settings.sequences
@@ -163,7 +168,9 @@ class RoundLoop:
             return
         loop = asyncio.get_running_loop()
         started, first = loop.time(), self._trainer.step_in_round
+        self._planned_steps = self._manifest.sync.inner_steps
         while self._has_more_steps(pending) and not self._stopping.is_set():
+            self._keep_up(pending)
             self._prepare_end(preparation)
             stats, seconds = await self._steps.step(self.batches)
             self._count_step(stats, seconds)
@@ -190,17 +197,26 @@ class RoundLoop:
         common = self._steps.round_now
         if common is not None:
             return common <= self._trainer.round
-        done, planned = self._trainer.step_in_round, self._manifest.sync.inner_steps
-        if done < planned:
+        done = self._trainer.step_in_round
+        if done < self._planned_steps:
             return True
-        if done >= MAX_STRETCH * planned:
+        if done >= MAX_STRETCH * self._manifest.sync.inner_steps:
             return False
         self._observe()
         return self._clock.is_ahead(self._trainer.round) or (pending is not None and not pending.done())
 
+    def _keep_up(self, pending: asyncio.Task[None] | None) -> None:
+        """Make the step to come the round's last one when the others have ended theirs and we met nobody last time."""
+        done, planned = self._trainer.step_in_round, self._manifest.sync.inner_steps
+        if not self._met_nobody or done + 1 < LEAST_SHARE * planned or (pending is not None and not pending.done()):
+            return
+        self._observe()
+        if self._clock.is_behind(self._trainer.round):
+            self._planned_steps = min(self._planned_steps, done + 1)
+
     def _prepare_end(self, preparation: Preparation) -> None:
         """Start preparing for the next round when the step to come is the round's last, or close to it."""
-        left, eta_s = self._manifest.sync.inner_steps - self._trainer.step_in_round, self._progress.eta_s
+        left, eta_s = self._planned_steps - self._trainer.step_in_round, self._progress.eta_s
         if left <= 1 or (eta_s is not None and eta_s <= LEAD_S):
             preparation.end(self._trainer.round, steps_left=left)
 
@@ -265,6 +281,7 @@ class RoundLoop:
         await preparation.looked(timeout_s=limit_s)
         # All of them: a record may be rounds old, and whom the round window leaves out is said in the exchange itself.
         averaged = await self._averaging.average(update, candidates=list(self._trainers()), deadline_s=deadline_s)
+        self._met_nobody = not averaged.partners and averaged.group_mean is None
         outcome = await self._compute.run(self._trainer.apply, averaged.partners, averaged.group_mean)
         for note in self._averaging.conclude(averaged, outcome, round=finished):
             self._progress.count_exchange(note)

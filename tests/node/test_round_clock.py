@@ -62,3 +62,11 @@ def test_a_peer_that_fell_silent_is_not_waited_for() -> None:
     assert not made.is_ahead(9)
     made.observe(records(3, 3, sequence=2), FRESH_S + 2)
     assert made.is_ahead(9)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "behind"),
+    [(5, [], False), (5, [5], False), (5, [6], True), (5, [5, 6], False), (5, [6, 6], True), (5, [4, 6, 6], True)],
+)
+def test_being_behind(own: int, others: list[int], behind: bool) -> None:
+    assert clock(*others).is_behind(own) is behind
