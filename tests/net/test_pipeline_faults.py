@@ -6,11 +6,14 @@ Whatever happens, the others' iterations go on and end by their deadline, and no
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import json
 import math
 import os
 import signal
+import sqlite3
 import sys
 import time
 from collections import Counter
@@ -22,6 +25,7 @@ from typing import Any
 import psutil
 import pytest
 
+from protocol.manifest import Manifest
 from tests.net.faulty import give_order
 from tests.net.namespaces import Namespaces, obstacle
 from tests.net.process import Event, NodeProcess
@@ -30,11 +34,12 @@ from tests.net.swarm import LISTEN, RUN_SETTINGS, Swarm
 pytestmark = [pytest.mark.net, pytest.mark.timeout(300)]
 
 FRESH_LOSS = math.log(RUN_SETTINGS["model.vocab_size"])
-NUM_STAGES, NUM_REPLICAS = 3, 2
-NUM_PEERS = NUM_STAGES * NUM_REPLICAS
+NUM_STAGES, NUM_HOSTS = 3, 10
 MICROBATCHES, SEQUENCES, SEQUENCE_TOKENS = 4, 2, 64
 PER_MICROBATCH = SEQUENCES * SEQUENCE_TOKENS
 HOP_TIMEOUT_S, ITERATION_TIMEOUT_S = 3.0, 15.0
+RECORD_S = 4.0
+"""A record is seen so long after it was read at the latest."""
 LEEWAY_S = 2.0
 """For the inner step, which comes after the deadline, on a machine that has much else to do."""
 SETTINGS: dict[str, Any] = RUN_SETTINGS | {
@@ -62,7 +67,7 @@ class Pipeline:
 
     def __init__(self, swarm: Swarm, lines: Namespaces | None) -> None:
         self._swarm, self.lines = swarm, lines
-        self._free_hosts = list(range(1 + NUM_PEERS))
+        self._free_hosts = list(range(NUM_HOSTS))
         self._hosts: dict[str, int] = {}
         self._names = (f"peer-{number}" for number in itertools.count(1))
         self._bootstrap = self._start("bootstrap", "bootstrap", str(swarm.folder / "run.toml"))
@@ -71,9 +76,17 @@ class Pipeline:
 
     # ---- processes
 
-    def join(self, name: str = "") -> NodeProcess:
-        """Start a peer, new or known by `name`; it waits for nothing."""
+    def join(self, name: str = "", *, stage: int | None = None) -> NodeProcess:
+        """Start a peer and wait for nothing.
+
+        Args:
+            name: of a peer that comes back; left out, it is a new one.
+            stage: which it holds, since it has been there before; left out, it chooses.
+        """
         name = name or next(self._names)
+        if stage is not None:
+            run = Manifest.from_toml((self._swarm.folder / "run.toml").read_text()).run_id
+            (self._swarm.folder / name / "runs" / run / "checkpoints" / f"stage-{stage}").mkdir(parents=True)
         via = f"--peer={self._bootstrap.address}"
         node = self._start(name, "join", via, "--threads=1", orders=self._swarm.folder / f"{name}.orders")
         self.nodes.append(node)
@@ -86,11 +99,6 @@ class Pipeline:
             return self._swarm.start(name, *arguments, LISTEN, prefix=faulty)
         listen = f"--listen=/ip4/{self.lines.hosts[host]}/tcp/0"
         return self._swarm.start(name, *arguments, listen, prefix=(*self.lines.inside(host), *faulty))
-
-    def leave(self, node: NodeProcess) -> None:
-        """Let a peer say goodbye, and its host be free."""
-        node.interrupt()
-        self._free_hosts.append(self._hosts.pop(node.name))
 
     def order(self, node: NodeProcess, what: str, how: signal.Signals) -> None:
         """Tell a peer to fail in its next pass; see tests/net/faulty.py."""
@@ -117,42 +125,35 @@ class Pipeline:
         """The live peers of a stage."""
         return [node for node in self.live if stage_of(node) == stage]
 
-    def lacking(self) -> int:
-        """All but one peer are there and train; returns the stage that has one replica less than the others."""
-        self._bring_back()
-        if len(self.live) == NUM_PEERS:
-            self.leave(self.live[-1])
-        while len(self.live) < NUM_PEERS - 1:
-            self.join()
+    def all_but_one(self) -> list[NodeProcess]:
+        """Those that train now: two of each stage, and one of the second."""
+        for stage in () if self.nodes else (0, 0, 1, 2, 2):
+            self.join(stage=stage)
         go_on(self.live)
-        held = Counter(stage_of(node) for node in self.live)
-        assert sorted(held.values()) == [NUM_REPLICAS - 1, NUM_REPLICAS, NUM_REPLICAS], held
-        return min(held, key=lambda stage: held[stage])
+        return self.live
 
     def both(self, stage: int) -> list[NodeProcess]:
-        """The replicas of a stage, with all others that live; all of them train."""
-        if len(self._hosts) <= NUM_PEERS:  # the bootstrap node has one, too
-            self.lacking()
-            self.join()
-        elif len(self.replicas(stage)) < NUM_REPLICAS:
+        """The replicas of a stage, two at least; all that live train."""
+        self.all_but_one()
+        if len(self.replicas(stage)) < 2:
             self._bring_back()
         go_on(self.live)
-        replicas = self.replicas(stage)
-        assert len(replicas) == NUM_REPLICAS
-        return replicas
+        while len(self.replicas(stage)) < 2:
+            self.join(stage=stage).wait_for("stage")
+        go_on(self.live)
+        return self.replicas(stage)
 
     def _bring_back(self) -> None:
         """Who was killed comes back to its stage."""
         alive = {node.name for node in self.live}
         for name in sorted({node.name for node in self.nodes} - alive):
-            if name in self._hosts:
-                self.join(name)
+            self.join(name)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     with ExitStack() as stack:
-        lines = None if obstacle() else stack.enter_context(Namespaces([RATE_BITS_PER_S] * (1 + NUM_PEERS)))
+        lines = None if obstacle() else stack.enter_context(Namespaces([RATE_BITS_PER_S] * NUM_HOSTS))
         swarm = stack.enter_context(Swarm(tmp_path_factory.mktemp("faults"), SETTINGS))
         yield Pipeline(swarm, lines)
 
@@ -161,11 +162,45 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
 
 
 def stage_of(node: NodeProcess) -> int:
-    return int(node.wait_for("stage")["stage"])
+    """Its stage, or the last one, if it has moved."""
+    node.wait_for("stage")
+    return int([event["stage"] for event in node.events if event["event"] == "stage"][-1])
+
+
+def lacked_most(node: NodeProcess) -> set[int]:
+    """The stages that at some time until `node` chose were the slowest, all their peers together, by the records it had seen."""
+    until_s = node.wait_for("stage")["t"] + RECORD_S
+    (history,) = node.home.glob("runs/*/status.db")
+    with contextlib.closing(sqlite3.connect(f"file:{history}?mode=ro", uri=True)) as database:
+        rows = database.execute(
+            "SELECT record FROM records WHERE seen_at_s < ? ORDER BY seen_at_s", (until_s,)
+        ).fetchall()
+    latest: dict[str, dict[str, Any]] = {}
+    found = set()
+    for (row,) in rows:
+        record = json.loads(row)
+        if record["peer"] != node.peer_id and record["stage"] is not None:
+            latest[record["peer"]] = record
+        speeds = [
+            sum(1 / r["forward_s"] for r in latest.values() if r["stage"] == stage) for stage in range(NUM_STAGES)
+        ]
+        found.add(speeds.index(min(speeds)))
+    return found
 
 
 def iterations(node: NodeProcess, since: int = 0) -> list[Event]:
     return [event for event in node.events[since:] if event["event"] == "iteration"]
+
+
+def numbers_by_stay(node: NodeProcess) -> list[list[int]]:
+    """The iterations of `node` in order, apart for every stage that it moved to."""
+    stays: list[list[int]] = []
+    for event in list(node.events):
+        if event["event"] == "stage":
+            stays.append([])
+        elif event["event"] == "iteration":
+            stays[-1].append(event["number"])
+    return stays
 
 
 def failures(node: NodeProcess, victim: str, kind: str, *, since: int) -> list[Event]:
@@ -198,23 +233,29 @@ def check_counts(pipeline: Pipeline) -> None:
     told_by_all = min(iterations(node)[-1]["number"] for node in pipeline.live)
     counted: list[Counter[int]] = [Counter() for _ in range(NUM_STAGES)]
     sent: Counter[int] = Counter()
-    num_peers: Counter[int] = Counter()
     disturbed = set()
     for node in pipeline.nodes:
-        for event in iterations(node):
-            number = event["number"]
-            counted[stage_of(node)][number] += event["tokens"]
-            sent[number] += (event["returned"] + event["lost"]) * PER_MICROBATCH
-            num_peers[number] += 1
-            if event["lost"] or not event["complete"]:
-                disturbed.add(number)
-        disturbed |= {event["iteration"] for event in node.events if event["event"] == "hop_failed"}
-    numbers = [number for number in num_peers if number <= told_by_all]
-    clean = [number for number in numbers if num_peers[number] == NUM_PEERS and number not in disturbed]
+        stage = 0
+        for event in list(node.events):
+            match event["event"]:
+                case "stage":
+                    stage = event["stage"]
+                case "hop_failed":
+                    disturbed.add(event["iteration"])
+                case "iteration":
+                    number = event["number"]
+                    counted[stage][number] += event["tokens"]
+                    sent[number] += (event["returned"] + event["lost"]) * PER_MICROBATCH
+                    if event["lost"] or not event["complete"]:
+                        disturbed.add(number)
+        if not node.is_alive:  # nobody knows what it counted in its last iteration
+            disturbed.add(iterations(node)[-1]["number"] + 1)
+    numbers = [number for number in sent if number <= told_by_all]
+    clean = [number for number in numbers if number not in disturbed]
     assert clean
-    for stage in counted:
-        assert [(n, stage[n], sent[n]) for n in numbers if stage[n] > sent[n]] == []
-        assert [(n, stage[n], sent[n]) for n in clean if stage[n] < sent[n]] == []
+    for tokens in counted:
+        assert [(n, tokens[n], sent[n]) for n in numbers if tokens[n] > sent[n]] == []
+        assert [(n, tokens[n], sent[n]) for n in clean if tokens[n] < sent[n]] == []
 
 
 def check_losses(pipeline: Pipeline) -> None:
@@ -228,8 +269,8 @@ def check(pipeline: Pipeline, nodes: list[NodeProcess], since: dict[str, int]) -
     """What holds whatever happened to others, for `nodes`, whose events are numbered from `since` on."""
     for node in nodes:
         told = iterations(node, since[node.name])
-        numbers = [event["number"] for event in told]
-        assert numbers == sorted(set(numbers)), "never the same iteration twice"
+        for numbers in numbers_by_stay(node):
+            assert numbers == sorted(set(numbers)), "never the same iteration twice"
         assert max(event["seconds"] for event in told) <= ITERATION_TIMEOUT_S + LEEWAY_S
         assert [event for event in node.events if event["event"] == "log" and event["level"] == "error"] == []
         assert node.errors == ""
@@ -241,15 +282,15 @@ def check(pipeline: Pipeline, nodes: list[NodeProcess], since: dict[str, int]) -
 
 
 def test_a_late_joiner_takes_the_stage_that_lacks_most(pipeline: Pipeline) -> None:
-    lacking = pipeline.lacking()
-    others = pipeline.live
+    others = pipeline.all_but_one()
     number = max(iterations(node)[-1]["number"] for node in others)
     late = pipeline.join()
-    assert stage_of(late) == lacking
+    late.wait_for("training")
+    assert stage_of(late) in lacked_most(late)
     first = late.wait_for("iteration", lambda event: event["tokens"] > 0)
     assert first["number"] > number
     go_on(pipeline.live)
-    check(pipeline, pipeline.live, dict.fromkeys((node.name for node in pipeline.live), 0))
+    check(pipeline, others, dict.fromkeys((node.name for node in others), 0))
 
 
 @pytest.mark.parametrize(
