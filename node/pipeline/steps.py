@@ -145,7 +145,10 @@ class PipelineSteps(InnerSteps):
             self._known_at_s = asyncio.get_running_loop().time() + SETTLING_S
         own = self._trainer.round * self._inner_steps + self._trainer.step_in_round
         last = self._trainer.total_steps or MAX_ROUND
-        self._server.begin_at(min(median_low(iterations), last) if iterations else own)
+        common = min(median_low(iterations), last) if iterations else own
+        self._server.begin_at(
+            max(common, self._progress.iteration)
+        )  # who has moved here is not sent back by old records
         self._trainer.enter(self._server.iteration)
         self._progress.iteration = self._server.iteration
 

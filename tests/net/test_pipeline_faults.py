@@ -281,6 +281,7 @@ def check(pipeline: Pipeline, nodes: list[NodeProcess], since: dict[str, int]) -
 # ---- the stories
 
 
+@pytest.mark.slow
 def test_a_late_joiner_takes_the_stage_that_lacks_most(pipeline: Pipeline) -> None:
     others = pipeline.all_but_one()
     number = max(iterations(node)[-1]["number"] for node in others)
