@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import math
 import statistics
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from model.errors import CheckpointError
 from node.checkpoints import Checkpoints, SavedState
@@ -208,10 +209,22 @@ class Start:
     Args:
         cursor: where in its round's data to go on, for a checkpoint from the middle of a round.
         adopted: the swarm's state that was taken, if it was one.
+        is_rebuilt: nobody held it any more.
     """
 
+    is_rebuilt: bool = False
     cursor: int | None = None
     adopted: SnapshotRef | None = None
+
+
+class Rebuilder(Protocol):
+    """Finds a state that no live replica holds."""
+
+    def swarm_round(self) -> int:
+        """The round that the others are in, whatever they train; 0 if there are none."""
+
+    async def rebuild(self) -> bool:
+        """Put a state into the trainer; whether there was one."""
 
 
 async def find_start(
@@ -220,20 +233,24 @@ async def find_start(
     fetcher: StateFetcher,
     checkpoints: Checkpoints,
     events: EventLog,
-    rebuild: Callable[[], Awaitable[bool]] | None = None,
+    rebuilder: Rebuilder | None = None,
 ) -> Start:
     """Put own checkpoint, the swarm's state, or the initial weights into the trainer.
 
     Args:
-        rebuild: tried before the initial weights, when nobody holds what we are to train: whether it gave a state.
+        rebuilder: for when nobody holds what we are to train, though a swarm is at work.
 
     Raises:
         UserError: the checkpoints here are damaged, or of another run.
         TransportError: the swarm is further on, but no state that passes can be had, and there is no checkpoint.
     """
     saved = await checkpoints.load()
-    if saved is not None and (await fetcher.look_for_swarm() or 0) - saved.round <= MAX_RESUME_LAG:
+    seen = None if saved is None and rebuilder is None else await fetcher.look_for_swarm()
+    swarm = rebuilder.swarm_round() if seen is None and rebuilder is not None else seen
+    if saved is not None and (swarm or 0) - saved.round <= MAX_RESUME_LAG:
         return await _resume(trainer, saved, checkpoints=checkpoints, events=events)
+    if seen is None and rebuilder is not None and await rebuilder.rebuild():
+        return Start(is_rebuilt=True)
     try:
         adopted = await fetcher.fetch()
     except TransportError:
@@ -245,8 +262,6 @@ async def find_start(
     if saved is not None:  # old, but better than nothing
         return await _resume(trainer, saved, checkpoints=checkpoints, events=events)
     swarm = fetcher.swarm_round()
-    if swarm is None and rebuild is not None and await rebuild():
-        return Start()
     if swarm is not None:
         trainer.round = swarm
         events.emit("initial_state", round=swarm)

@@ -27,7 +27,7 @@ from node.dataset import BatchSource
 from node.options import PeerOptions
 from node.pipeline.archive import StageArchive
 from node.pipeline.balance import Balance
-from node.pipeline.rebuild import StageRebuilder
+from node.pipeline.rebuild import StageRebuilder, ask_kept
 from node.pipeline.steps import PipelineSteps
 from node.pipeline.trainer import StageTrainer
 from node.progress import Progress
@@ -46,6 +46,9 @@ __all__ = ["Membership"]
 
 HANDOVER_S = 12.0
 """A few heartbeats: one for the record, one for the copies and their votes, one for the archive."""
+HANDOVER_BYTES_PER_S, MAX_HANDOVER_S = 250_000.0, 1800.0
+"""And as long as a slow line takes, while a bootstrap node has an older state."""
+LOOK_AGAIN_S = 2.0
 
 
 class Membership:
@@ -149,10 +152,15 @@ class Membership:
             publish=self._show_snapshots,
             own_loss=self._progress.val_loss_after,
         )
-        rebuild = self._rebuilder(trainer).rebuild if isinstance(trainer, StageTrainer) else None
         start = await find_start(
-            trainer, fetcher=self._fetcher, checkpoints=self._checkpoints, events=self._events, rebuild=rebuild
+            trainer,
+            fetcher=self._fetcher,
+            checkpoints=self._checkpoints,
+            events=self._events,
+            rebuilder=self._rebuilder(trainer) if isinstance(trainer, StageTrainer) else None,
         )
+        if start.is_rebuilt:  # whoever comes to help needs it before our first round is over
+            await self._keeper.publish_in_turn(trainer.round, {})
         if start.adopted is not None:
             self._keeper.adopt(start.adopted)
         return start.cursor
@@ -255,10 +263,25 @@ class Membership:
     async def _hand_over(self) -> None:
         """Publish the stage's final state, and stay until others have had the time to fetch it: nobody else holds it."""
         assert self._keeper is not None
-        self._events.emit("handing_over", stage=self._role.stage, seconds=HANDOVER_S)
+        stage, loop = self._role.stage, asyncio.get_running_loop()
+        assert stage is not None
+        assert self.trainer is not None
+        most_s = min(HANDOVER_S + 4 * self.trainer.flat.theta.numel() / HANDOVER_BYTES_PER_S, MAX_HANDOVER_S)
+        self._events.emit("handing_over", stage=stage, seconds=round(most_s, 1))
         await self._keeper.publish_in_turn(self.manifest.sync.total_rounds, self._other_trainers())
         await self._service.beat()
+        ends_at_s = loop.time() + most_s
         await asyncio.sleep(HANDOVER_S)
+        while loop.time() < ends_at_s and await self._is_awaited(stage):
+            await self._service.beat()
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def _is_awaited(self, stage: int) -> bool:
+        """Whether a bootstrap node does not have the stage's final state yet."""
+        nodes = [peer for peer, record in self._service.directory.peers.items() if record.role == "bootstrap"]
+        asked = [ask_kept(peer, stage=stage, run=self.manifest.run_id, transport=self._transport) for peer in nodes]
+        kept = await asyncio.gather(*asked)
+        return any(ref is not None and ref.round < self.manifest.sync.total_rounds for ref in kept)
 
     async def _keep_copies(self) -> None:
         assert self._keeper is not None
@@ -301,9 +324,13 @@ class Membership:
     async def _mind_the_balance(self, steps: PipelineSteps) -> None:
         """Go where another stage needs us more, once the present iteration is over."""
         target = self._balance.look(self._service.directory.all_records, iteration=self._progress.iteration)
+        if steps.is_left_behind:
+            target = self._role.stage  # as if we joined anew
         if target is None or self.next_stage is not None or self._has_stopped or self._ending is not None:
             return
         self._events.emit("moving", stage=self._role.stage, to=target)
+        self._progress.next_stage = target  # or all who stand in line would go while the iteration lasts
+        await self._service.beat()
         await steps.end_of_iteration()
         self.next_stage = target
         if self._loop is not None:

@@ -170,6 +170,7 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
         ),
     ),
     "plan_refused": ("detail", "Does not follow plan {number}: {reason}"),
+    "watcher_failed": ("warning", "Something went wrong beside training, which goes on: {reason}"),
     "moving": ("info", "Moves from stage {stage} to stage {to}, which needs it more"),
     "stage_rebuilt": (
         "info",

@@ -120,6 +120,7 @@ class Peer:
         async with self.service.running():
             source, heldout, _ = await self._open_data()
             await self._take_role()
+            before: int | None = None
             while True:
                 membership = self._membership = Membership(
                     self.manifest,
@@ -133,10 +134,17 @@ class Peer:
                 )
                 if self._has_stopped:
                     membership.stop()
-                await membership.run(source, heldout)
-                if membership.next_stage is None:
-                    break
-                await self._role.move(membership.next_stage)
+                try:
+                    await membership.run(source, heldout)
+                except TransportError:
+                    if before is None:
+                        raise
+                    target, before = before, None  # nobody gives a state there: back to where we have one
+                else:
+                    if membership.next_stage is None:
+                        break
+                    target, before = membership.next_stage, self._role.stage
+                await self._role.move(target)
                 self._tell_stage()
         return self.summary()
 

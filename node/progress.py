@@ -48,6 +48,7 @@ class Progress:
     traffic: Traffic
     state: Literal["joining", "training", "leaving"] = "joining"
     stage: int | None = None
+    next_stage: int | None = None
     iteration: int = 0
     forward_s: float = 0.0
     backward_s: float = 0.0
@@ -155,6 +156,7 @@ class Progress:
             started_at_s=self.started_at_s,
             sent_at_s=time.time(),
             stage=self.stage,
+            next_stage=self.next_stage,
             iteration=self.iteration,
             forward_s=self.forward_s,
             backward_s=self.backward_s,

@@ -104,7 +104,7 @@ class Role:
         await self._announce(stage)
 
     async def _announce(self, stage: int) -> None:
-        self._progress.stage = stage
+        self._progress.stage, self._progress.next_stage = stage, None
         self._progress.snapshots = []
         await self._service.beat()
 

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from protocol.ids import PeerId
 from protocol.publication import SignedManifest, publish_manifest
 from protocol.records import PeerRecord
 from protocol.transport import Transport
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["HEARTBEAT_S", "Service", "Watcher"]
 
@@ -181,7 +184,15 @@ class Service:
             await self.beat()
             for watcher, task in list(self._watchers.items()):
                 if task is None or task.done():
-                    self._watchers[watcher] = tasks.create_task(watcher())
+                    self._watchers[watcher] = tasks.create_task(self._watch(watcher))
+
+    async def _watch(self, watcher: Watcher) -> None:
+        """Run it. What a stranger has written into the directory must never end a peer, whatever a watcher makes of it."""
+        try:
+            await watcher()
+        except Exception as error:  # a task root
+            logger.exception("a watcher failed")
+            self.events.emit("watcher_failed", reason=f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
     def _cache(self, addresses: list[str]) -> None:
         """Remember addresses, so that a restart finds the swarm without its first address."""

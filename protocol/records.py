@@ -85,6 +85,8 @@ class PeerRecord(_Strict):
 
     stage: Annotated[int, Field(ge=0, lt=64)] | None = None
     """The pipeline stage that this peer holds; None for a whole replica."""
+    next_stage: Annotated[int, Field(ge=0, lt=64)] | None = None
+    """The one that it goes to when the present iteration is over; None to stay."""
     iteration: Round = 0
     """The pipeline's iteration that it is in."""
     forward_s: Seconds = 0.0

@@ -12,6 +12,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import Annotated
 
 import torch
@@ -32,11 +33,11 @@ from protocol.directory import SwarmView
 from protocol.errors import LlmNodeError, UserError
 from protocol.ids import BlobId, PeerId
 from protocol.manifest import Manifest
-from protocol.records import SnapshotRef
+from protocol.records import PeerRecord, SnapshotRef
 from protocol.transport import Stream, Transport
 from protocol.wire import Message, read_message, write_message
 
-__all__ = ["STATE_PROTOCOL", "StageArchive", "StateReply", "StateRequest", "assemble", "decode_stage"]
+__all__ = ["STATE_PROTOCOL", "StageArchive", "StateReply", "StateRequest", "assemble", "decode_stage", "swarm_round"]
 
 FILE = "stages.json"
 STATE_PROTOCOL = "/llm-node/stage-state/1"
@@ -54,6 +55,12 @@ class StateReply(Message):
     """The snapshot that is kept, or nothing."""
 
     kept: SnapshotRef | None
+
+
+def swarm_round(records: Mapping[PeerId, PeerRecord]) -> int:
+    """The median round of the peers of all stages; 0 if there are none."""
+    rounds = [r.round for r in records.values() if r.stage is not None and r.state == "training"]
+    return median_low(rounds) if rounds else 0
 
 
 class StageArchive:
@@ -87,17 +94,22 @@ class StageArchive:
         """Say what is kept of a stage."""
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             request = await read_message(stream, StateRequest)
-        ref = self._held.get(request.stage) if request.run == self._manifest.run_id else None
+        is_kept = request.run == self._manifest.run_id and request.stage in self._stages
+        ref = self._held.get(request.stage) if is_kept else None
         await write_message(stream, StateReply(kept=ref))
 
     async def look(self) -> None:
         """Take what is newer than what is here."""
+        newest = swarm_round(self._directory.peers) + 1
         for stage in self._stages:
             records = self._directory.peers
             replicas = {peer: r for peer, r in records.items() if r.stage == stage and r.state == "training"}
             held = self._held.get(stage)
             for candidate in choose_snapshots(replicas):
-                is_newer = held is None or candidate.ref.round > held.round
+                # A round that the other stages have not reached is a lie, here and in what is held.
+                is_newer = held is None or candidate.ref.round > held.round or held.round > newest
+                if candidate.ref.round > newest:
+                    continue
                 is_tried = is_newer and candidate.ref not in self._refused
                 if is_tried and await self._fetch(stage, candidate.ref, list(candidate.voters)):
                     break

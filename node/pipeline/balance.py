@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from node.pipeline.stage_choice import believed_pass_s, usual_pass_s
 from protocol.ids import PeerId
 from protocol.manifest import Manifest
 from protocol.records import PeerRecord
@@ -38,26 +39,27 @@ def moves(records: Mapping[PeerId, PeerRecord], *, num_stages: int, path_length:
     """
     held: dict[int, dict[PeerId, PeerRecord]] = {stage: {} for stage in range(num_stages)}
     for peer, record in records.items():
-        if record.stage in held and record.state in ("joining", "training"):
-            held[record.stage][peer] = record
-    known = [record.forward_s for stage in held.values() for record in stage.values() if record.forward_s > 0.0]
-    usual_s = sum(known) / len(known) if known else 1.0
+        stage = record.stage if record.next_stage is None else record.next_stage
+        if stage in held and record.state in ("joining", "training"):
+            held[stage][peer] = record
+    usual_s = usual_pass_s(records)
 
     def gives(peer: PeerId, record: PeerRecord, stage: int) -> float:
         """Microbatches per second, times their share that visits the stage."""
         share = 1.0 if stage == 0 else (path_length - 1) / max(num_stages - 1, 1)
-        return 1.0 / ((record.forward_s or usual_s) * share)
+        return 1.0 / (believed_pass_s(record, usual_s) * share)
 
     pace = {stage: sum(gives(peer, r, stage) for peer, r in peers.items()) for stage, peers in held.items()}
     target = min(pace, key=lambda stage: (pace[stage], stage))
     worth: dict[PeerId, float] = {}
     for stage, peers in held.items():
-        if stage == target or len(peers) < 2:
-            continue
+        if stage == target or len(peers) < (2 if stage or not held[target] else 3):
+            continue  # a stage is left by nobody if that leaves nobody, stage 0 not if that leaves one, who could say anything
         for peer, record in peers.items():
             left = pace[stage] - gives(peer, record, stage)
             after = min(left, pace[target] + gives(peer, record, target)) if held[target] else left
-            if record.state == "training" and after >= GAIN * pace[target]:
+            is_free = record.state == "training" and record.next_stage is None
+            if is_free and after >= GAIN * pace[target]:
                 worth[peer] = after
     lot = {peer: hashlib.sha256(f"llm-node:move\0{target}\0{peer}".encode()).digest() for peer in worth}
     return target, sorted(worth, key=lambda peer: (-worth[peer], lot[peer])), not held[target]

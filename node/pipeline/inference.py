@@ -8,6 +8,7 @@ replaced by the next one. `/llm-node/stage-forward/1`: Request, activations â”€â
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ __all__ = ["FORWARD_PROTOCOL", "Inference", "heldout_microbatches"]
 
 FORWARD_PROTOCOL = "/llm-node/stage-forward/1"
 NUM_MICROBATCHES = 4
+MAX_TIMEOUTS = 2.5
+"""Measuring takes no longer than so many replicas that do not answer."""
 
 
 class Request(Message):
@@ -104,30 +107,38 @@ class Inference:
 
     async def loss(self, microbatches: Sequence[Tensor]) -> float | None:
         """Mean loss in nats per token through all stages; None while a stage can not be reached."""
-        losses = []
-        for tokens in microbatches:
-            hidden: Tensor | None = await self._compute.run(self._worker.infer, tokens)
-            for stage in range(1, self._stages.num_stages):
-                hidden = None if hidden is None else await self._through(stage, hidden)
-            if hidden is None:
-                return None
-            losses.append(await self._compute.run(self._worker.loss_of, hidden, tokens))
+        losses: list[float] = []
+        failed: set[PeerId] = set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MAX_TIMEOUTS * self._timeout_s):  # the round's end waits for it
+                for tokens in microbatches:
+                    hidden: Tensor | None = await self._compute.run(self._worker.infer, tokens)
+                    for stage in range(1, self._stages.num_stages):
+                        hidden = None if hidden is None else await self._through(stage, hidden, failed)
+                    if hidden is None:
+                        return None
+                    losses.append(await self._compute.run(self._worker.loss_of, hidden, tokens))
+        if len(losses) < len(microbatches):
+            return None
         mean = sum(losses) / len(losses) if losses else math.nan
         return mean if math.isfinite(mean) else None
 
-    async def _through(self, stage: int, hidden: Tensor) -> Tensor | None:
-        """Through the first replica of a stage that does it."""
+    async def _through(self, stage: int, hidden: Tensor, failed: set[PeerId]) -> Tensor | None:
+        """Through the first replica of a stage that does it; who does not is not asked again."""
         payload = await self._compute.run(self._codec.encode, hidden)
         for peer in self._stages.holders(stage):
+            if peer in failed:
+                continue
             try:
                 async with asyncio.timeout(self._timeout_s):
                     async with await self._transport.open(peer, FORWARD_PROTOCOL) as stream:
                         await write_message(stream, Request(run=self._run))
                         if not (await read_message(stream, Reply)).ok:
+                            failed.add(peer)
                             continue
                         await write_bulk(stream, payload)
                         passed = await read_bulk(stream, self._codec.num_bytes)
                 return await self._compute.run(self._codec.decode, passed)
             except (LlmNodeError, TimeoutError):
-                continue  # the next replica
+                failed.add(peer)
         return None

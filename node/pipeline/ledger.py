@@ -22,7 +22,7 @@ from node.pipeline.worker import MicrobatchKey
 from protocol.errors import LlmNodeError
 from protocol.ids import PeerId
 
-__all__ = ["Held", "Ledger", "MicrobatchLostError", "key_of"]
+__all__ = ["MAX_LEAD", "Held", "Ledger", "MicrobatchLostError", "key_of"]
 
 MAX_LEAD = 1024
 """Iterations by which others may be ahead; who is further behind has to join anew."""

@@ -10,15 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from node.pipeline.case import MAX_NODES, Case
+from node.pipeline.case import Case
 from node.pipeline.links import tail_of
 from protocol.ids import PeerId
 from protocol.manifest_sections import PipelineSpec
 from protocol.records import PeerRecord
 
-__all__ = ["live_case"]
+__all__ = ["MAX_MEMBERS", "live_case"]
+
+MAX_MEMBERS = 512
+"""Peers that one plan is for."""
 
 USUAL_LATENCY_S = 0.05
+LEAST_PASS_S, LEAST_BYTES_PER_S = 1e-6, 1.0
+"""What lies below is taken for this: anything may stand in a record."""
 BACKWARD_MULTIPLIER = 3.0
 """A backward pass runs the forward pass again."""
 SPARE_VISITS = 3.0
@@ -42,10 +47,10 @@ def live_case(
     partition = tuple(
         tuple(node for node, peer in enumerate(members) if held[peer].stage == stage) for stage in range(spec.stages)
     )
-    if not all(partition) or len(members) > MAX_NODES:
+    if not all(partition) or len(members) > MAX_MEMBERS:
         return None
     rows = [held[peer] for peer in members]
-    forward_s = _filled([row.forward_s for row in rows], 1.0)
+    forward_s = [max(each, LEAST_PASS_S) for each in _filled([row.forward_s for row in rows], 1.0)]
     latency_s, line_s = _links(rows, members, payload_bytes)
     total = spec.microbatches * len(partition[0])
     share = total * (spec.path_length - 1) / max(spec.stages - 1, 1)
@@ -88,7 +93,7 @@ def _links(
                 both = [each for each in (latency_s[receiver][sender], note.latency_s) if each > 0.0]
                 latency_s[sender][receiver] = latency_s[receiver][sender] = min(both, default=0.0)
                 if note.bytes_per_s > 0.0:
-                    line_s[sender][receiver] = payload_bytes / note.bytes_per_s
+                    line_s[sender][receiver] = payload_bytes / max(note.bytes_per_s, LEAST_BYTES_PER_S)
     pairs = [(a, b) for a in range(size) for b in range(size) if a != b]
     usual_s = median([latency_s[a][b] for a, b in pairs if latency_s[a][b]] or [USUAL_LATENCY_S])
     up_s = _filled([_least(line_s[a]) for a in range(size)], 0.0)

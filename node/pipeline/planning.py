@@ -20,7 +20,7 @@ from node.pipeline.plan import Plan
 from node.pipeline.plan_book import PlanBook
 from node.pipeline.published import (
     DISPATCH,
-    MAX_MEMBERS,
+    MAX_PLAN_BYTES,
     PLAN_ITERATIONS,
     PlanDocument,
     SignedPlan,
@@ -38,6 +38,7 @@ from protocol.records import PeerRecord
 __all__ = ["Planning", "search"]
 
 SEARCH_S = 4.0
+PEER_ID_BYTES, HEADER_BYTES = 56, 512
 MAX_EVALUATIONS, MAX_TASKS = 20_000, 20_000_000
 """Iterations, and tasks of them, that are simulated in one search; bounds of it where the clock is not one."""
 
@@ -76,7 +77,7 @@ class Planning:
 
     async def _make(self, records: Mapping[PeerId, PeerRecord], number: int) -> None:
         problem = live_case(records, spec=self._spec, payload_bytes=self._payload_bytes)
-        if problem is None or len(problem[1]) > MAX_MEMBERS:
+        if problem is None:
             return
         case, members = problem
         newest = self._book.newest
@@ -88,13 +89,15 @@ class Planning:
             plan, iteration_s = await self._compute.run_aside(
                 search, case, incumbent, seed=number, max_evaluations=min(MAX_EVALUATIONS, max(64, MAX_TASKS // tasks))
             )
-        except (UserError, TimeoutError):
+        except (UserError, TimeoutError, OSError):
             return  # there is no plan, or none in time: the greedy rule does
         if iteration_s == math.inf or number <= self._book.number:
             return
         document = PlanDocument.of(
             plan, members=members, run=self._run, number=number, planner=self._own, iteration_s=iteration_s
         )
+        if len(document.paths) + PEER_ID_BYTES * len(members) > MAX_PLAN_BYTES - HEADER_BYTES:
+            return  # too large to be passed on
         self._book.take(SignedPlan.sign(document, self._identity), search_s=round(loop.time() - started_s, 2))
 
 

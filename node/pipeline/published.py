@@ -20,6 +20,7 @@ from pydantic import Field
 
 from node.pipeline.case import Case
 from node.pipeline.construct import construct
+from node.pipeline.live_case import MAX_MEMBERS
 from node.pipeline.plan import Dispatch, Microbatch, Plan
 from node.pipeline.replay import replay
 from node.pipeline.rules import is_order
@@ -49,7 +50,6 @@ origins and patterns of skipping."""
 
 DISPATCH: Dispatch = "backward_first"
 """How stage peers choose among waiting tasks (node/pipeline/turnstile.py)."""
-MAX_MEMBERS = 512
 MAX_PLAN_BYTES = MAX_HEADER_BYTES
 NUM_PLANNERS = 3
 TOLERANCE = 1.1
@@ -126,7 +126,7 @@ class PlanDocument(Message):
                 raise ProtocolError("plan with a path against the rules", peer=offender)
             starts[path[0]] += 1
         origins = [place for place, stage in enumerate(self.stages) if stage == 0]
-        if any(starts[place] != spec.microbatches for place in origins):
+        if not origins or any(starts[place] != spec.microbatches for place in origins):
             raise ProtocolError("plan that starts too many microbatches somewhere, or too few", peer=offender)
 
     def paths_from(self, peer: PeerId) -> list[tuple[list[PeerId], list[int], int]]:
@@ -148,9 +148,24 @@ class PlanDocument(Message):
                 return None
         if len(now) != len(members):
             return None
+        return self.mended(members, case)
+
+    def mended(self, members: Sequence[PeerId], case: Case) -> Plan:
+        """What is left of the plan in a case with these members: whoever is not there, or holds another stage, is replaced by the
+        first who holds the planned one. Microbatches of an origin that is not there are left out."""
+        place_of = {peer: place for place, peer in enumerate(members)}
+        assert case.partition is not None
+        stage_of = {node: stage for stage, nodes in enumerate(case.partition) for node in nodes}
+
+        def node_for(place: int) -> int:
+            node = place_of.get(PeerId(self.members[place]))
+            stage = self.stages[place]
+            return case.partition[stage][0] if node is None or stage_of[node] != stage else node  # type: ignore[index]
+
         microbatches = tuple(
-            Microbatch(path=tuple(node for place in path if (node := now[place]) is not None), priority=float(priority))
+            Microbatch(path=(origin, *map(node_for, path[1:])), priority=float(priority))
             for priority, path in enumerate(self.table())
+            if (origin := place_of.get(PeerId(self.members[path[0]]))) is not None and stage_of[origin] == 0
         )
         return Plan(partition=case.partition, microbatches=microbatches, dispatch=DISPATCH)
 
@@ -205,9 +220,7 @@ def planners(members: Iterable[PeerId], *, run: RunId, number: int) -> list[Peer
 
 def is_slower_than_none(document: PlanDocument, case: Case, members: Sequence[PeerId]) -> bool:
     """Whether, for a peer that sees this case, the plan costs more time than a plan made offhand would."""
-    plan = document.restricted(members, case)
-    if plan is None:
-        return False  # made for a swarm that has changed since; what does not fit any more is mended path by path
+    plan = document.mended(members, case)
     try:
         offhand = construct(case)
     except UserError:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import Sequence
 
 import torch
@@ -22,21 +21,22 @@ from model.stage import stage_layers
 from node.catchup import choose_snapshots
 from node.compute import Compute
 from node.events import EventLog
-from node.pipeline.archive import STATE_PROTOCOL, StateReply, StateRequest, decode_stage
+from node.pipeline.archive import STATE_PROTOCOL, StateReply, StateRequest, decode_stage, swarm_round
 from node.pipeline.trainer import StageTrainer
 from node.snapshots import max_snapshot_bytes
 from protocol.blob_exchange import fetch_blob
 from protocol.blobs import BlobStore
 from protocol.directory import Directory
 from protocol.errors import LlmNodeError
-from protocol.ids import BlobId, PeerId
+from protocol.ids import BlobId, PeerId, RunId
 from protocol.records import SnapshotRef
 from protocol.transport import Transport
 from protocol.wire import read_message, write_message
 
-__all__ = ["StageRebuilder", "mean_of_neighbours"]
+__all__ = ["StageRebuilder", "ask_kept", "mean_of_neighbours"]
 
 ASK_TIMEOUT_S = 10.0
+NUM_TRIES, TRY_AGAIN_S = 5, 3.0
 MAX_ASKED = 32
 
 
@@ -59,16 +59,19 @@ class StageRebuilder:
 
     async def rebuild(self) -> bool:
         """Put a state into the trainer, at the round of the other stages; False if the swarm is new or nothing is left."""
-        rounds = [r.round for r in self._directory.peers.values() if r.stage is not None and r.state == "training"]
-        swarm = statistics.median_low(rounds) if rounds else 0
+        swarm, stage = self.swarm_round(), self._trainer.stage
         if swarm == 0:
             return False
-        stage = self._trainer.stage
-        for ref, donors in await self._kept():
-            weights = await self._fetch(ref, stage, donors)
-            if weights is not None:
-                await self._adopt(weights, swarm, source="snapshot", of_round=ref.round)
-                return True
+        for _ in range(NUM_TRIES):
+            kept = await self._kept(newest=swarm + 1)
+            for ref, donors in kept:
+                weights = await self._fetch(ref, stage, donors)
+                if weights is not None:
+                    await self._adopt(weights, swarm, source="snapshot", of_round=ref.round)
+                    return True
+            if not kept:
+                break
+            await asyncio.sleep(TRY_AGAIN_S)  # somebody has it, and is out of reach for a moment
         around = [neighbour for neighbour in (stage - 1, stage + 1) if 0 <= neighbour < self._manifest.pipeline.stages]
         found = [weights for neighbour in around if (weights := await self._newest_of(neighbour)) is not None]
         if not found:
@@ -79,28 +82,27 @@ class StageRebuilder:
         await self._adopt(mean_of_neighbours(own, found, layers), swarm, source="neighbours", of_round=swarm)
         return True
 
+    def swarm_round(self) -> int:
+        """The median round of all stages' peers; 0 if there are none."""
+        return swarm_round(self._directory.peers)
+
     async def _adopt(self, weights: dict[str, Tensor], swarm: int, *, source: str, of_round: int) -> None:
         await self._compute.run(self._trainer.adopt, weights, swarm)
         self._events.emit("stage_rebuilt", stage=self._trainer.stage, round=of_round, source=source)
 
-    async def _kept(self) -> list[tuple[SnapshotRef, list[PeerId]]]:
-        """Snapshots of our stage that others keep: those that most keep first, then the newest."""
+    async def _kept(self, *, newest: int) -> list[tuple[SnapshotRef, list[PeerId]]]:
+        """Snapshots of our stage that others keep, none newer than that round: those that several keep first, then the newest."""
         records = self._directory.peers
         asked = sorted(records, key=lambda peer: records[peer].role != "bootstrap")[:MAX_ASKED]
         holders: dict[SnapshotRef, list[PeerId]] = {}
-        for peer, ref in zip(asked, await asyncio.gather(*map(self._ask, asked)), strict=True):
-            if ref is not None:
+        run, stage = self._manifest.run_id, self._trainer.stage
+        answers = await asyncio.gather(
+            *(ask_kept(peer, stage=stage, run=run, transport=self._transport) for peer in asked)
+        )
+        for peer, ref in zip(asked, answers, strict=True):
+            if ref is not None and ref.round <= newest:
                 holders.setdefault(ref, []).append(peer)
-        return sorted(holders.items(), key=lambda item: (-len(item[1]), -item[0].round))
-
-    async def _ask(self, peer: PeerId) -> SnapshotRef | None:
-        try:
-            async with asyncio.timeout(ASK_TIMEOUT_S):
-                async with await self._transport.open(peer, STATE_PROTOCOL) as stream:
-                    await write_message(stream, StateRequest(run=self._manifest.run_id, stage=self._trainer.stage))
-                    return (await read_message(stream, StateReply)).kept
-        except (LlmNodeError, TimeoutError):
-            return None
+        return sorted(holders.items(), key=lambda item: (len(item[1]) < 2, -item[0].round))
 
     async def _newest_of(self, stage: int) -> dict[str, Tensor] | None:
         records = self._directory.peers
@@ -120,6 +122,17 @@ class StageRebuilder:
             self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=str(error))
         except LlmNodeError:
             pass  # unreachable just now
+        return None
+
+
+async def ask_kept(peer: PeerId, *, stage: int, run: RunId, transport: Transport) -> SnapshotRef | None:
+    """What a peer keeps of a stage; None if that is nothing, or it does not say."""
+    try:
+        async with asyncio.timeout(ASK_TIMEOUT_S):
+            async with await transport.open(peer, STATE_PROTOCOL) as stream:
+                await write_message(stream, StateRequest(run=run, stage=stage))
+                return (await read_message(stream, StateReply)).kept
+    except (LlmNodeError, TimeoutError):
         return None
 
 

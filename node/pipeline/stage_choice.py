@@ -9,16 +9,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from statistics import median
 
 from protocol.directory import Directory, SwarmView
 from protocol.ids import PeerId
 from protocol.records import PeerRecord
 
-__all__ = ["StageView", "choose_stage", "lacking_stage", "should_think_again"]
+__all__ = [
+    "StageView",
+    "believed_pass_s",
+    "choose_stage",
+    "lacking_stage",
+    "should_think_again",
+    "usual_pass_s",
+]
 
 MAX_LOOKS = 12
 CALM_LOOKS = 2
 """Looks in a row that must find nothing to change."""
+MAX_SPEEDUP = 4.0
 LOOK_AGAIN_S = 1.5
 """Between announcing a choice and looking what others have chosen: records spread in about a second."""
 
@@ -50,6 +59,16 @@ async def choose_stage(
     return stage
 
 
+def usual_pass_s(records: Mapping[PeerId, PeerRecord]) -> float:
+    """The median of what peers say that a forward pass takes them."""
+    return median([record.forward_s for record in records.values() if record.forward_s > 0.0] or [1.0])
+
+
+def believed_pass_s(record: PeerRecord, usual_s: float) -> float:
+    """A peer's forward pass. Nobody is believed to be many times as fast as others: it would count as a whole stage."""
+    return max(record.forward_s, usual_s / MAX_SPEEDUP) if record.forward_s > 0.0 else usual_s
+
+
 def lacking_stage(records: Mapping[PeerId, PeerRecord], *, stages: Sequence[int], peer: PeerId) -> int:
     """The stage with the least speed, all holders together; ties by a lot of one's own.
 
@@ -59,11 +78,11 @@ def lacking_stage(records: Mapping[PeerId, PeerRecord], *, stages: Sequence[int]
         peer: ourselves.
     """
     speeds = dict.fromkeys(stages, 0.0)
-    known = [record.forward_s for record in records.values() if record.forward_s > 0.0]
-    usual = sum(known) / len(known) if known else 1.0
+    usual_s = usual_pass_s(records)
     for record in records.values():
-        if record.stage in speeds and record.state in ("joining", "training"):
-            speeds[record.stage] += 1.0 / (record.forward_s or usual)
+        stage = record.stage if record.next_stage is None else record.next_stage
+        if stage in speeds and record.state in ("joining", "training"):
+            speeds[stage] += 1.0 / believed_pass_s(record, usual_s)
     return min(speeds, key=lambda stage: (speeds[stage], _lot(f"{peer}/{stage}")))
 
 

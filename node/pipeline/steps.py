@@ -22,6 +22,7 @@ from node.pipeline.activations import ActivationCodec
 from node.pipeline.handover import StageTerms
 from node.pipeline.inference import Inference, heldout_microbatches
 from node.pipeline.iterations import Iterations, Way
+from node.pipeline.ledger import MAX_LEAD
 from node.pipeline.links import Links
 from node.pipeline.messages import Task
 from node.pipeline.plan_book import PlanBook
@@ -283,6 +284,13 @@ class PipelineSteps(InnerSteps):
         self._has_stopped = True
         if self._iteration is not None:
             self._iteration.cancel()
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether most origins are so much further that nothing they tell is believed: we have slept, say."""
+        records = self._directory.peers.values()
+        iterations = [r.iteration for r in records if r.stage == 0 and r.state == "training"]
+        return bool(iterations) and median_low(iterations) > self._server.iteration + MAX_LEAD
 
     async def end_of_iteration(self) -> None:
         """Until no iteration is under way."""

@@ -359,3 +359,45 @@ def test_nobody_and_nothing_leaves_the_initial_weights(trainer: Trainer, tmp_pat
             assert torch.equal(trainer.replica.phi, before)
 
     run_virtual(story())
+
+
+class FakeRebuilder:
+    """The other stages are in round 500; whether there is a state, the test says."""
+
+    def __init__(self, *, has_state: bool) -> None:
+        self.has_state, self.times = has_state, 0
+
+    def swarm_round(self) -> int:
+        return 500
+
+    async def rebuild(self) -> bool:
+        self.times += 1
+        return self.has_state
+
+
+@pytest.mark.parametrize(
+    ("round", "has_state", "way"), [(40, True, "rebuilt"), (40, False, "resumed"), (490, True, "resumed")]
+)
+def test_a_lost_stage_goes_on_from_what_is_newest(
+    trainer: Trainer, tmp_path: Path, round: int, has_state: bool, way: str
+) -> None:
+    """Nobody holds the stage: a checkpoint of one's own that is many rounds old is not better than a copy others keep."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 1) as nodes:
+            scene = Scene(trainer, nodes)
+            checkpoints = Checkpoints(
+                tmp_path / "own", compute=VirtualCompute(seconds_per_call=0.1), events=scene.events
+            )
+            trainer.round = round
+            with checkpoints.writing():
+                await checkpoints.save(trainer, None, final=True)
+            rebuilder = FakeRebuilder(has_state=has_state)
+            start = await find_start(
+                trainer, fetcher=scene.fetcher, checkpoints=checkpoints, events=scene.events, rebuilder=rebuilder
+            )
+            assert start.is_rebuilt == (way == "rebuilt")
+            assert bool(scene.named("resumed")) == (way == "resumed")
+            assert rebuilder.times == (round == 40)
+
+    run_virtual(story())

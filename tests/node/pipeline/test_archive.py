@@ -85,6 +85,20 @@ def test_newer_states_replace_older_ones_and_a_restart_remembers(
     assert not store.has(first.snapshots[0].root)  # type: ignore[arg-type]
 
 
+def test_a_round_that_the_swarm_has_not_reached_is_a_lie_and_does_not_last(
+    run: tuple[Manifest, BlobStore], tmp_path: Path
+) -> None:
+    manifest, store = run
+    others = [publish(manifest, store, stage, round=4) for stage in (0, 1)]
+    liar = publish(manifest, store, 2, round=10**9 - 1)
+    told = archive(manifest, store, tmp_path, *others, liar)
+    assert sorted(fields["stage"] for name, fields in told if name == "stage_archived") == [0, 1]
+    # One that was taken in while nobody else was there is given up again.
+    archive(manifest, store, tmp_path, liar)
+    told = archive(manifest, store, tmp_path, *others, publish(manifest, store, 2, round=4))
+    assert ("stage_archived", 2, 4) in [(name, fields.get("stage"), fields.get("round")) for name, fields in told]
+
+
 def test_a_state_of_another_shape_is_refused(run: tuple[Manifest, BlobStore], tmp_path: Path) -> None:
     manifest, store = run
     other = publish(manifest, store, 1, round=3, data=encode_weights({"x": torch.zeros(3)}))

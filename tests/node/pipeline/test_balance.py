@@ -9,6 +9,7 @@ import torch
 
 from node.pipeline.balance import LOOKS, LOOKS_IF_LOST, LOOKS_PER_PLACE, SETTLING_LOOKS, Balance, moves
 from node.pipeline.rebuild import mean_of_neighbours
+from node.pipeline.stage_choice import lacking_stage
 from protocol.ids import PeerId
 from protocol.manifest import Manifest
 from protocol.records import PeerRecord
@@ -62,7 +63,7 @@ def test_speed_counts_and_not_heads(manifest: Manifest) -> None:
     slow = swarm(0, 0, 1, 1, 2, 2, 2, p4=0.5, p5=0.5, p6=0.5)
     target, who, is_lost = moves(slow, num_stages=3, path_length=3)
     assert (target, is_lost) == (2, False)
-    assert sorted(who) == sorted(peer_id(number) for number in range(4)), "any of the fast ones makes it faster"
+    assert sorted(who) == sorted((peer_id(2), peer_id(3))), "stage 0 is not left to one peer, who could say anything"
 
 
 def test_stages_that_are_often_skipped_need_less(manifest: Manifest) -> None:
@@ -104,3 +105,31 @@ def test_neighbours_give_the_mean_of_their_layers() -> None:
     assert found["model.layers.2.mlp.weight"].tolist() == [2.0, 2.0]
     assert found["model.layers.3.mlp.weight"].tolist() == [2.5, 2.5]
     assert found["model.norm.weight"].tolist() == [7.0]
+
+
+def test_who_claims_to_be_fast_does_not_empty_its_stage() -> None:
+    claims = {f"p{number}": 0.1 for number in range(12)} | {"p0": 1e-300}
+    records = swarm(*(number // 3 for number in range(12)), **claims)
+    target, who, _ = moves(records, num_stages=4, path_length=4)
+    assert target != 0
+    left = [number for number in range(1, 3) if peer_id(number) in who]
+    after = {peer: r.model_copy(update={"next_stage": target}) if peer == who[0] else r for peer, r in records.items()}
+    assert left
+    assert not {peer_id(1), peer_id(2)} & set(moves(after, num_stages=4, path_length=4)[1]), "one at most goes"
+
+
+def test_who_has_said_that_it_goes_is_counted_where_it_goes(manifest: Manifest) -> None:
+    records = swarm(0, 0, 0, 1, 1)
+    first = moves(records, num_stages=3, path_length=3)[1][0]
+    records[first] = records[first].model_copy(update={"next_stage": 2})
+    _, who, is_lost = moves(records, num_stages=3, path_length=3)
+    assert not is_lost
+    assert first not in who
+    assert all(looks_until_moving(manifest, number, records) is None for number in range(5))
+
+
+@pytest.mark.parametrize("forward_s", [5e-324, 1e-300, 1e6])
+def test_nothing_in_a_record_breaks_the_sums(forward_s: float) -> None:
+    records = swarm(0, 1, 2, 0, 1, 2, p1=forward_s)
+    moves(records, num_stages=3, path_length=2)
+    lacking_stage(records, stages=[0, 1, 2], peer=peer_id(9))

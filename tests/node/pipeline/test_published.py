@@ -148,6 +148,7 @@ def start_twice(table: list[list[int]]) -> None:
         (lambda: {"stages": [*document().stages, 1]}, "not in order"),
         (lambda: {"members": document().members[::-1]}, "not in order"),
         (lambda: {"path_length": 4}, "another number of stages"),
+        (lambda: {"stages": [1] * 8, "paths": b""}, "too few"),
         (lambda: {"run": "0" * 64}, "another run"),
     ],
 )
@@ -200,3 +201,26 @@ def test_a_bad_plan_is_found_out_by_whoever_sees_the_links() -> None:
     bad = good.model_copy(update={"paths": np.array(table, dtype="<u2").tobytes()})
     bad.check(SPEC)
     assert is_slower_than_none(bad, case, members)
+    # The same with a stranger among its members, so that it does not fit the swarm.
+    stranger = peer_id(200)
+    swollen = sorted([*bad.members, stranger])
+    moved = [[swollen.index(bad.members[node]) for node in path] for path in table]
+    stages = {**dict(zip(bad.members, bad.stages, strict=True)), stranger: 3}
+    hidden = bad.model_copy(
+        update={
+            "members": swollen,
+            "stages": [stages[peer] for peer in swollen],
+            "paths": np.array(moved, dtype="<u2").tobytes(),
+        }
+    )
+    hidden.check(SPEC)
+    assert is_slower_than_none(hidden, case, members)
+
+
+@pytest.mark.parametrize("lie", [{"forward_s": 5e-324}, {"forward_s": 1e6, "backward_s": 5e-324}, "links"])
+def test_nothing_in_a_record_breaks_the_case(lie: Any) -> None:
+    if lie == "links":
+        lie = {"links": [LinkNote(peer=tail_of(peer_id(0)), latency_s=5e-324, bytes_per_s=1e-303)]}
+    case, _ = problem(p2=lie)
+    plan = replan(case, None, dispatch=DISPATCH, seed=1, seconds=60.0, max_evaluations=50)
+    assert violations(case, plan) == []
