@@ -298,7 +298,7 @@ def test_a_late_joiner_takes_the_stage_that_lacks_most(pipeline: Pipeline) -> No
     ("what", "stage", "seconds"),
     [
         ("forward", 1, 2 * HOP_TIMEOUT_S),
-        ("backward", 2, 2 * HOP_TIMEOUT_S),
+        pytest.param("backward", 2, 2 * HOP_TIMEOUT_S, marks=pytest.mark.slow),
         pytest.param("forward", 2, 60.0, marks=pytest.mark.slow),
         pytest.param("backward", 1, 60.0, marks=pytest.mark.slow),
     ],
@@ -329,6 +329,7 @@ def test_a_frozen_peer_is_replaced_and_counts_nothing_twice(
     check(pipeline, others, marks)
 
 
+@pytest.mark.slow
 def test_a_cut_link_is_gone_around(pipeline: Pipeline) -> None:
     if pipeline.lines is None:
         pytest.skip(str(obstacle()))
