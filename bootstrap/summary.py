@@ -37,6 +37,8 @@ FORGET_AFTER_S = 600.0
 """Silent and departed peers leave the list after this; the totals keep them."""
 CLOCK_SKEW_S = 30.0
 """Difference between a peer's clock and ours that is worth a warning; the directory itself takes some seconds."""
+LEAST_PASS_S = 1e-6
+"""A shorter forward pass is a lie, and one over it might be infinite."""
 _LIVE_STATES = ("joining", "training")
 
 
@@ -99,7 +101,9 @@ def _stages(manifest: Manifest, live: list[PeerStatus], latest: Mapping[PeerId, 
             held[peer.stage].append(latest[PeerId(peer.peer)].record.forward_s)
     return [
         StageStatus(
-            stage=stage, peers=len(forward_s), microbatches_per_s=math.fsum(1.0 / each for each in forward_s if each)
+            stage=stage,
+            peers=len(forward_s),
+            microbatches_per_s=math.fsum(1.0 / max(each, LEAST_PASS_S) for each in forward_s if each),
         )
         for stage, forward_s in held.items()
     ]

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 __all__ = ["Compute", "ThreadCompute", "VirtualCompute"]
 
@@ -71,13 +71,9 @@ class ThreadCompute(Compute):
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
-        def tell(result: T | None, error: BaseException | None) -> None:
-            if done.done():
-                return
-            if error is None:
-                done.set_result(result)  # type: ignore[arg-type]
-            else:
-                done.set_exception(error)
+        def settle(how: Callable[[Any], None], what: T | BaseException) -> None:
+            if not done.done():
+                how(what)
 
         # A pool rather than an executor, because it can be ended in the middle of a call.
         pool = await asyncio.to_thread(get_context("spawn").Pool, 1, os.nice, (LEAST_PRIORITY,))
@@ -86,8 +82,8 @@ class ThreadCompute(Compute):
                 function,
                 args,
                 kwargs,
-                callback=lambda result: loop.call_soon_threadsafe(tell, result, None),
-                error_callback=lambda error: loop.call_soon_threadsafe(tell, None, error),
+                callback=lambda result: loop.call_soon_threadsafe(settle, done.set_result, result),
+                error_callback=lambda error: loop.call_soon_threadsafe(settle, done.set_exception, error),
             )
             async with asyncio.timeout(ASIDE_TIMEOUT_S):
                 return await done

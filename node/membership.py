@@ -105,10 +105,12 @@ class Membership:
         """
         trainer = await self._compute.run(self._role.trainer, heldout, device=self._options.device)
         self.trainer = trainer
-        async with asyncio.TaskGroup() as tasks:
-            measured = tasks.create_task(self._measure(trainer))
+        measuring = asyncio.ensure_future(self._measure(trainer))
+        try:  # no task group: it would wrap what the caller looks for
             cursor = await self._starting_state(trainer)
-        sequences = measured.result()
+            sequences = await measuring
+        finally:
+            measuring.cancel()
         loss = await self._compute.run(trainer.evaluate)
         if loss is not None:
             self._progress.count_validation(loss, trainer.round)
@@ -326,12 +328,18 @@ class Membership:
         target = self._balance.look(self._service.directory.all_records, iteration=self._progress.iteration)
         if steps.is_left_behind:
             target = self._role.stage  # as if we joined anew
-        if target is None or self.next_stage is not None or self._has_stopped or self._ending is not None:
+        if target is None or self._is_leaving():
             return
         self._events.emit("moving", stage=self._role.stage, to=target)
         self._progress.next_stage = target  # or all who stand in line would go while the iteration lasts
         await self._service.beat()
         await steps.end_of_iteration()
+        if self._is_leaving():  # the run has ended meanwhile, or its owner goes
+            self._progress.next_stage = None
+            return
         self.next_stage = target
         if self._loop is not None:
             self._loop.stop()
+
+    def _is_leaving(self) -> bool:
+        return self.next_stage is not None or self._has_stopped or self._ending is not None

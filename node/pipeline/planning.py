@@ -38,7 +38,8 @@ from protocol.records import PeerRecord
 __all__ = ["Planning", "search"]
 
 SEARCH_S = 4.0
-PEER_ID_BYTES, HEADER_BYTES = 56, 512
+PEER_ID_BYTES, PLACE_BYTES, HEADER_BYTES = 56, 2, 512
+"""Of a plan: per member, per place on a path, and once."""
 MAX_EVALUATIONS, MAX_TASKS = 20_000, 20_000_000
 """Iterations, and tasks of them, that are simulated in one search; bounds of it where the clock is not one."""
 
@@ -80,6 +81,10 @@ class Planning:
         if problem is None:
             return
         case, members = problem
+        num_microbatches = len(case.partition[0] if case.partition else ()) * self._spec.microbatches
+        path_bytes = PLACE_BYTES * case.path_length * num_microbatches
+        if path_bytes + PEER_ID_BYTES * len(members) > MAX_PLAN_BYTES - HEADER_BYTES:
+            return  # too large to be passed on
         newest = self._book.newest
         incumbent = None if newest is None else newest.restricted(members, case)
         tasks = 2 * case.path_length * len(members) * self._spec.microbatches
@@ -96,8 +101,6 @@ class Planning:
         document = PlanDocument.of(
             plan, members=members, run=self._run, number=number, planner=self._own, iteration_s=iteration_s
         )
-        if len(document.paths) + PEER_ID_BYTES * len(members) > MAX_PLAN_BYTES - HEADER_BYTES:
-            return  # too large to be passed on
         self._book.take(SignedPlan.sign(document, self._identity), search_s=round(loop.time() - started_s, 2))
 
 

@@ -138,36 +138,34 @@ class PlanDocument(Message):
         ]
 
     def restricted(self, members: Sequence[PeerId], case: Case) -> Plan | None:
-        """The plan in terms of a case with these members; None if one of its paths is not possible there."""
-        place_of = {peer: place for place, peer in enumerate(members)}
-        assert case.partition is not None
-        stage_of = {node: stage for stage, nodes in enumerate(case.partition) for node in nodes}
-        now = [place_of.get(PeerId(peer)) for peer in self.members]
-        for node, stage in zip(now, self.stages, strict=True):
-            if node is None or stage_of[node] != stage:
-                return None
-        if len(now) != len(members):
-            return None
-        return self.mended(members, case)
+        """The plan in terms of a case with these members; None unless they are the same and hold the same stages."""
+        is_same = self.members == list(members) and self.stages == _stages(case)
+        return self.mended(members, case) if is_same else None
 
     def mended(self, members: Sequence[PeerId], case: Case) -> Plan:
         """What is left of the plan in a case with these members: whoever is not there, or holds another stage, is replaced by the
         first who holds the planned one. Microbatches of an origin that is not there are left out."""
-        place_of = {peer: place for place, peer in enumerate(members)}
-        assert case.partition is not None
-        stage_of = {node: stage for stage, nodes in enumerate(case.partition) for node in nodes}
+        partition, stage_of = case.partition, _stages(case)
+        assert partition is not None
+        node_of = {peer: node for node, peer in enumerate(members)}
 
-        def node_for(place: int) -> int:
-            node = place_of.get(PeerId(self.members[place]))
-            stage = self.stages[place]
-            return case.partition[stage][0] if node is None or stage_of[node] != stage else node  # type: ignore[index]
+        def stand_in(place: int) -> int:
+            node, stage = node_of.get(PeerId(self.members[place])), self.stages[place]
+            return node if node is not None and stage_of[node] == stage else partition[stage][0]
 
         microbatches = tuple(
-            Microbatch(path=(origin, *map(node_for, path[1:])), priority=float(priority))
+            Microbatch(path=(origin, *map(stand_in, path[1:])), priority=float(priority))
             for priority, path in enumerate(self.table())
-            if (origin := place_of.get(PeerId(self.members[path[0]]))) is not None and stage_of[origin] == 0
+            if (origin := node_of.get(PeerId(self.members[path[0]]))) is not None and stage_of[origin] == 0
         )
-        return Plan(partition=case.partition, microbatches=microbatches, dispatch=DISPATCH)
+        return Plan(partition=partition, microbatches=microbatches, dispatch=DISPATCH)
+
+
+def _stages(case: Case) -> list[int]:
+    """What each node of a case with a partition holds."""
+    assert case.partition is not None
+    stage_of = {node: stage for stage, nodes in enumerate(case.partition) for node in nodes}
+    return [stage_of[node] for node in range(case.num_nodes)]
 
 
 @dataclass(frozen=True, slots=True)

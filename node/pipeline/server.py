@@ -43,8 +43,8 @@ RECENT = 0.2
 """Weight of the latest measurement of our speed."""
 HEADER_TIMEOUT_S = 10.0
 """Time for a stranger's message, and for the holder to say whether a computed gradient counts."""
-
 PROMPT_S = 0.005
+"""A task that waited here longer says nothing about its link: what came with it had the time to arrive."""
 
 
 class StageServer:

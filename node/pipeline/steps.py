@@ -147,9 +147,8 @@ class PipelineSteps(InnerSteps):
         own = self._trainer.round * self._inner_steps + self._trainer.step_in_round
         last = self._trainer.total_steps or MAX_ROUND
         common = min(median_low(iterations), last) if iterations else own
-        self._server.begin_at(
-            max(common, self._progress.iteration)
-        )  # who has moved here is not sent back by old records
+        # Who has moved here is not sent back by old records.
+        self._server.begin_at(max(common, self._progress.iteration))
         self._trainer.enter(self._server.iteration)
         self._progress.iteration = self._server.iteration
 

@@ -16,6 +16,7 @@ from bootstrap.document import (
 )
 from bootstrap.store import StatusStore
 from bootstrap.summary import FORGET_AFTER_S, SILENT_AFTER_S, swarm_status
+from protocol.manifest_sections import PipelineSpec
 from protocol.records import MAX_ROUND
 from tests.bootstrap.samples import NOW_S, busy_store, document_of, manifest, note, peer_id, record, staged_document
 
@@ -164,6 +165,13 @@ def test_the_document_is_json_in_its_own_schema() -> None:
     assert json.loads(encode_document(document)) == document
     assert parse_document(encode_document(document)) == document
     assert set(document) == set(StatusDocument.model_fields)
+
+
+def test_a_pass_of_no_time_at_all_does_not_cost_everybody_the_page() -> None:
+    staged = manifest().model_copy(update={"pipeline": PipelineSpec(stages=2)})
+    with StatusStore(":memory:") as store:
+        store.observe([record(1, stage=0, forward_s=5e-324, run=staged.run_id)], now_s=NOW_S)
+        assert swarm_status(store, staged, now_s=NOW_S)["stages"][0]["microbatches_per_s"] == 1e6
 
 
 def test_stages_of_a_pipeline() -> None:

@@ -131,5 +131,8 @@ def test_who_has_said_that_it_goes_is_counted_where_it_goes(manifest: Manifest) 
 @pytest.mark.parametrize("forward_s", [5e-324, 1e-300, 1e6])
 def test_nothing_in_a_record_breaks_the_sums(forward_s: float) -> None:
     records = swarm(0, 1, 2, 0, 1, 2, p1=forward_s)
-    moves(records, num_stages=3, path_length=2)
-    lacking_stage(records, stages=[0, 1, 2], peer=peer_id(9))
+    target, who, is_lost = moves(records, num_stages=3, path_length=2)
+    assert target in range(3)
+    assert set(who) <= set(records)
+    assert not is_lost
+    assert lacking_stage(records, stages=[0, 1, 2], peer=peer_id(9)) in range(3)

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from node.catchup import Start, find_start
 from node.peer import Summary
+from node.pipeline.balance import Balance
+from node.pipeline.trainer import StageTrainer
 from node.role import memory_needed
+from protocol.errors import TransportError
 from protocol.memory import LinkSpec
 from protocol.records import LinkNote
 from protocol.virtual_time import run_virtual
@@ -95,6 +99,38 @@ def test_a_swarm_plans_for_itself(tmp_path: Path) -> None:
     for notes in links:
         assert len(notes) >= 3
         assert all(0.009 < note.latency_s < 0.02 for note in notes.values()), "the network has 10 ms each way"
+
+
+def test_a_mover_that_gets_no_state_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it came from it has one: it must not leave the swarm for having tried to help."""
+    mover = "peer 0"
+
+    def look(self: Balance, records: object, *, iteration: int) -> int | None:
+        peer = swarm.peers[mover]
+        is_first = self._peer == peer.progress.peer and not swarm.named(mover, "moving")
+        return (self._stage + 1) % 2 if is_first and iteration >= 5 else None
+
+    async def start(trainer: StageTrainer, **parts: Any) -> Start:
+        if len(swarm.named(mover, "stage")) == 2 and trainer.stage == swarm.named(mover, "stage")[1]["stage"]:
+            raise TransportError("none of its peers gives a state")
+        return await find_start(trainer, **parts)
+
+    monkeypatch.setattr(Balance, "look", look)
+    monkeypatch.setattr("node.membership.find_start", start)
+    settings = STAGED | {"pipeline__stages": 2, "pipeline__skip_ratio": 0.0}
+    signed, store = tiny_run(tmp_path, **settings, sync__total_rounds=8)
+    swarm = MemorySwarm(signed, store, tmp_path)
+
+    async def story() -> list[Summary]:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(swarm.live(f"peer {number}", step_s=0.1)) for number in range(4)]
+        return [task.result() for task in running]
+
+    torch.set_num_threads(1)
+    assert all(summary.finished for summary in run_virtual(story()))
+    (first, second, third) = [told["stage"] for told in swarm.named(mover, "stage")]
+    assert first == third != second
+    assert swarm.named(mover, "resumed")
 
 
 @pytest.mark.parametrize("source", ["snapshot", "neighbours"])
