@@ -201,10 +201,12 @@ class _Exchanges:
         return [order[index : index + 2] for index in range(0, len(order), 2)]
 
     def _round_bytes(self) -> float:
-        """Bytes that one peer sends: its payload to one partner, or twice (N − 1)/N of it in an all-reduce."""
-        payload = self._members[0].replica.round_bytes(self._round)
-        share = 2 * (len(self._members) - 1) / len(self._members) if self._sync.group == "all" else 1.0
-        return payload * share
+        """Bytes that one peer sends: its payload to one partner, twice (N − 1)/N of it in an all-reduce, or to each of the others."""
+        payload, others = self._members[0].replica.round_bytes(self._round), len(self._members) - 1
+        if self._sync.group != "all":
+            return payload
+        # A mean does not survive being made sparse once more, so nodes send topk to everybody (docs/LOG.md).
+        return payload * (others if self._sync.delta_codec == "topk" else 2 * others / len(self._members))
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
