@@ -64,6 +64,7 @@ def test_a_stage_that_lost_all_its_peers_is_rebuilt(pipeline: StagedSwarm, sourc
     go_on(others)
     mover.wait_for("iteration", lambda event: event["tokens"] > 0, since=mark)
     check(pipeline, others, marks)
+    assert [node.errors for node in victims] == ["", ""], "nothing of them lives on and complains"
     for node in keepers:
         assert mean(training_losses(node)[-5:]) <= began[node.name]
     shown = pipeline.swarm.command("status", f"--peer={keepers[0].address}")
