@@ -14,8 +14,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
-from typing import Any, ParamSpec, TypeVar
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any, ParamSpec, TypeVar, cast
 
 __all__ = ["Compute", "ThreadCompute", "VirtualCompute"]
 
@@ -46,6 +48,7 @@ class Compute(ABC):
 
         Raises:
             TimeoutError: it took longer than ASIDE_TIMEOUT_S.
+            ChildProcessError: its process was ended by somebody else.
         """
         return function(*args, **kwargs)
 
@@ -68,27 +71,23 @@ class ThreadCompute(Compute):
         return await self.run(_with_seconds, function, *args, **kwargs)
 
     async def run_aside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-
-        def settle(how: Callable[[Any], None], what: T | BaseException) -> None:
-            if not done.done():
-                how(what)
-
-        # A pool rather than an executor, because it can be ended in the middle of a call.
-        pool = await asyncio.to_thread(get_context("spawn").Pool, 1, os.nice, (LEAST_PRIORITY,))
+        # Neither a pool nor an executor: this can be ended in the middle of a call, and needs no semaphores, which a killed peer
+        # would leave to somebody else to clean up.
+        context = get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_work_aside, args=(sender, function, args, kwargs), daemon=True)
+        given_up = threading.Event()
+        working = asyncio.ensure_future(asyncio.to_thread(_result_of, process, receiver, sender, given_up))
         try:
-            pool.apply_async(
-                function,
-                args,
-                kwargs,
-                callback=lambda result: loop.call_soon_threadsafe(settle, done.set_result, result),
-                error_callback=lambda error: loop.call_soon_threadsafe(settle, done.set_exception, error),
-            )
             async with asyncio.timeout(ASIDE_TIMEOUT_S):
-                return await done
+                result, error = await asyncio.shield(working)
         finally:
-            pool.terminate()
+            given_up.set()
+            if process.pid is not None:
+                process.kill()
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -118,3 +117,39 @@ def _yield_to_others() -> None:
     """Lower this thread's priority. Only Linux can do that to a single thread; torch's own threads inherit it."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _result_of(
+    process: SpawnProcess, receiver: Connection, sender: Connection, given_up: threading.Event
+) -> tuple[Any, BaseException | None]:
+    """Start a process and wait for what it sends: a result, or the error instead."""
+    with receiver:
+        with sender:
+            process.start()
+        if given_up.is_set():  # while it started
+            process.kill()
+        try:
+            found: tuple[Any, BaseException | None] = receiver.recv()
+        except EOFError:
+            found = None, ChildProcessError("a process ended without a result")
+        process.join()
+    return found
+
+
+def _work_aside(sender: Connection, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """What the process does. It does not outlive its peer, however that ends."""
+    os.nice(LEAST_PRIORITY)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    found: tuple[Any, BaseException | None]
+    try:
+        found = function(*args, **kwargs), None
+    except Exception as error:  # raised again where the result is waited for
+        found = None, error
+    sender.send(found)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -116,7 +116,7 @@ class Iterations:
 
         async def send(tokens: Tensor, path: list[PeerId], priority: int) -> None:
             with contextlib.suppress(MicrobatchLostError):
-                losses.append(await self._server.train(tokens, path=path, priority=priority))
+                losses.append(await self._server.origin.train(tokens, path=path, priority=priority))
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -125,7 +125,7 @@ class Iterations:
                     tasks.create_task(send(tokens, path, priority))
         finally:
             # Not waited for: one peer that does not answer would hold up all.
-            self._server.announce_end(self._stages.everybody)
+            self._server.origin.announce_end(self._stages.everybody)
 
     def awaited(self) -> list[PeerId]:
         """The origins for whose end the present iteration waits."""

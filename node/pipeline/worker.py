@@ -3,7 +3,7 @@
 A forward pass keeps only what came in and runs again when the gradient arrives: activations inside a stage are several
 times larger than what passes between stages, and a peer that keeps less can serve more microbatches at once. What a backward
 pass adds to the weights' gradient is held apart until `commit`: a peer that was given up as dead, and is not, must
-be able to throw its share away, or the microbatch would count twice (node/pipeline/server.py).
+be able to throw its share away, or the microbatch would count twice (node/pipeline/visits.py).
 
 Every gradient is a sum over tokens; the step divides by the tokens that visited this replica, not by those of the whole
 iteration (SkipPipe's n_i), so a replica that was skipped more often learns as fast.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -103,3 +105,21 @@ async def test_what_runs_aside_has_a_process_of_its_own_and_ends_with_its_caller
     child.join(10)
     assert not child.is_alive()
     compute.close()
+
+
+async def test_an_aside_process_that_somebody_ends_is_an_error() -> None:
+    compute = ThreadCompute()
+    with pytest.raises(ChildProcessError):
+        await compute.run_aside(os._exit, 1)
+    compute.close()
+
+
+def test_what_runs_aside_does_not_outlive_a_killed_peer() -> None:
+    """Nor does it say anything: its terminal is somebody else's by then."""
+    aside = "import time; print('begun', flush=True); time.sleep(3600)"
+    peer = f"import asyncio, node.compute as c; asyncio.run(c.ThreadCompute().run_aside(exec, {aside!r}))"
+    with subprocess.Popen([sys.executable, "-c", peer], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.communicate(timeout=30) == (b"", b""), "whoever lives still holds the pipes"

@@ -197,7 +197,7 @@ async def train_all(pipeline: Pipeline, paths: list[list[PeerId]]) -> list[float
     numbers = [sum(path[0] == other[0] for other in paths[:index]) for index, path in enumerate(paths)]
     return await asyncio.gather(
         *(
-            origin.server.train(batch, path=path, priority=number)
+            origin.server.origin.train(batch, path=path, priority=number)
             for origin, number, batch, path in zip(origins, numbers, batches, paths, strict=True)
         ),
         return_exceptions=True,

@@ -171,7 +171,7 @@ def test_what_a_peer_counted_before_it_died_is_not_done_again() -> None:
 
     async def train_all_again(pipeline: Pipeline) -> list[Any]:
         server = pipeline.at(0).server
-        return [await server.train(microbatches(1)[0], path=pipeline.path(0, 1, 2))]
+        return [await server.origin.train(microbatches(1)[0], path=pipeline.path(0, 1, 2))]
 
     run_virtual(story())
 
@@ -299,13 +299,13 @@ def test_whoever_was_waited_for_in_vain_is_asked_last_for_a_while() -> None:
             seconds = []
             for _ in range(3):
                 started_s = loop.time()
-                await origin.server.train(microbatches(1)[0], path=path)
+                await origin.server.origin.train(microbatches(1)[0], path=path)
                 seconds.append(loop.time() - started_s)
             assert seconds[0] > 5.0
             assert max(seconds[1:]) < 1.5
             assert other.worker.num_tokens == 3 * PER_MICROBATCH
             await asyncio.sleep(25.0)
-            await origin.server.train(microbatches(1)[0], path=path)
+            await origin.server.origin.train(microbatches(1)[0], path=path)
             assert silent.worker.num_tokens == PER_MICROBATCH
 
     run_virtual(story())
@@ -361,10 +361,10 @@ def test_an_iteration_ends_for_all_when_every_origin_says_so() -> None:
             everybody = [each.peer for each in pipeline.peers]
             waiting = asyncio.create_task(pipeline.at(1).server.wait_for_end(lambda: [path[0] for path in paths]))
             await train_all(pipeline, paths)
-            await origins[0].server.announce_end(everybody)
+            await origins[0].server.origin.announce_end(everybody)
             await asyncio.sleep(1.0)
             assert not waiting.done()
-            await origins[1].server.announce_end(everybody)
+            await origins[1].server.origin.announce_end(everybody)
             await asyncio.wait_for(waiting, 1.0)
 
     run_virtual(story())
@@ -399,7 +399,7 @@ def test_tasks_of_another_iteration_wait_or_are_refused() -> None:
             other.server.next_iteration()  # now the origin is behind
             server = pipeline.at(0).server
             with pytest.raises(MicrobatchLostError):
-                await server.train(microbatches(1)[0], path=pipeline.path(0, 1))
+                await server.origin.train(microbatches(1)[0], path=pipeline.path(0, 1))
 
     run_virtual(story())
 
