@@ -19,6 +19,7 @@ from averaging.fragments import Piece
 from averaging.partners import Measurement, Partner
 from averaging.replica_config import ReplicaConfig
 from averaging.window import LatticeWindow
+from kernels.memory import in_huge_pages
 
 __all__ = ["Buffers", "Payloads"]
 
@@ -55,7 +56,7 @@ class Payloads:
         )
         # Fragment 0 is the longest; the other rounds use a part of its buffers.
         self._delta_room, self._slow_room = (
-            torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            in_huge_pages(torch.zeros(num_bytes, dtype=torch.uint8, device=device))
             for num_bytes in config.payload_bytes(num_parameters)
         )
         self.delta, self.slow = self._delta_room, self._slow_room

@@ -38,6 +38,7 @@ from averaging.update import RemoteUpdate, Update
 from averaging.vectors import Passes, Vectors
 from kernels.dispatch import use_compiled
 from kernels.exchange import use_native
+from kernels.memory import in_huge_pages
 from protocol.ids import PeerId
 
 __all__ = ["Outcome", "Replica", "ReplicaConfig"]
@@ -82,11 +83,11 @@ class Replica:
         self.config = config
         self.admission = Admission(config.admission)
         self.theta = theta
-        self.phi = theta.clone()
+        self.phi = in_huge_pages(torch.empty_like(theta)).copy_(theta)
         self._payloads = Payloads(numel, config, device=device, compiled=compiled)
-        self.momentum = torch.zeros(numel if outer.has_momentum else 0, device=device)
+        self.momentum = in_huge_pages(torch.zeros(numel if outer.has_momentum else 0, device=device))
         carries_error = outer.sends_delta and self._payloads.delta_codec.lossy
-        self.residual = torch.zeros(numel if carries_error else 0, device=device)
+        self.residual = in_huge_pages(torch.zeros(numel if carries_error else 0, device=device))
         fused = compiled and is_fusible(config)
         is_anchored = outer.keeps_slow or not (native or fused)
         vectors = Vectors(
@@ -94,7 +95,7 @@ class Replica:
             phi=self.phi,
             momentum=self.momentum,
             residual=self.residual,
-            anchor=torch.empty_like(theta) if is_anchored else self.phi,
+            anchor=in_huge_pages(torch.empty_like(theta)) if is_anchored else self.phi,
         )
         fragments = Fragments(numel, config.fragments)
         route = NativePasses if native else FusedPasses if fused else TiledPasses

@@ -29,7 +29,7 @@ typedef struct {
     int64_t start;
 } Payload;
 
-/* One piece of the state; absent ones are null. The anchor may be phi itself. */
+/* One piece of the state; absent ones are null. With pair averaging the anchor is phi itself. */
 typedef struct {
     float *theta, *phi, *momentum, *residual, *anchor;
 } Vectors;
@@ -263,7 +263,10 @@ static void encode(const Payload *payload, int64_t begin, int count, const float
     int64_t at = payload->start + begin, block = at / BLOCK, num_blocks = payload->num_blocks;
     switch (payload->codec) {
     case FP32:
-        memcpy(bytes + 4 * at, x, 4 * (size_t)count);
+        if (count == BLOCK)
+            stream_block((float *)(bytes + 4 * at), x);
+        else
+            memcpy(bytes + 4 * at, x, 4 * (size_t)count);
         break;
     case BF16: {
         uint8_t halves[2 * BLOCK];
@@ -286,43 +289,47 @@ static void encode(const Payload *payload, int64_t begin, int count, const float
     }
 }
 
-/* Whether it could be read; where not, out holds anything. Values behind `count` are 0, or nobody looks at them. */
-static int decode(const Payload *payload, int64_t begin, int count, const float *near, const int32_t *weights, float *out) {
+/* The values, in `room` or where they are already; null if they cannot be read. Behind `count` there may be anything. */
+static const float *decode(const Payload *payload, int64_t begin, int count, const float *near, const int32_t *weights, float *room) {
     const uint8_t *bytes = payload->bytes;
     int64_t at = payload->start + begin, block = at / BLOCK, num_blocks = payload->num_blocks;
-    if (count < BLOCK) memset(out, 0, BLOCK * sizeof *out);
     switch (payload->codec) {
     case FP32:
-        memcpy(out, bytes + 4 * at, 4 * (size_t)count);
+        if (count == BLOCK && (uintptr_t)bytes % sizeof(float) == 0) return (const float *)(bytes + 4 * at);
+        memcpy(room, bytes + 4 * at, 4 * (size_t)count);
         break;
     case BF16:
-        for (int i = 0; i < count; i++) out[i] = read_bfloat16(bytes + 2 * at + 2 * i);
+        for (int i = 0; i < count; i++) room[i] = read_bfloat16(bytes + 2 * at + 2 * i);
         break;
     case Q8:
-        decode_q8(bytes + 2 * block, bytes + 2 * num_blocks + BLOCK * block, out);
+        decode_q8(bytes + 2 * block, bytes + 2 * num_blocks + BLOCK * block, room);
         break;
     case Q4:
     case E3M0:
         for (int64_t small = at / SMALL, i = 0; i < count; small++, i += SMALL)
-            (payload->codec == Q4 ? decode_q4 : decode_e3m0)(bytes + 2 * small, bytes + 2 * num_blocks + SMALL / 2 * small, out + i);
+            (payload->codec == Q4 ? decode_q4 : decode_e3m0)(bytes + 2 * small, bytes + 2 * num_blocks + SMALL / 2 * small, room + i);
         break;
     case LATTICE:
-        return decode_lattice(near, weights, bytes + 2 * block, bytes + 2 * (num_blocks + block),
-                              bytes + 4 * num_blocks + BLOCK / 2 * block, out);
+        if (!decode_lattice(near, weights, bytes + 2 * block, bytes + 2 * (num_blocks + block),
+                            bytes + 4 * num_blocks + BLOCK / 2 * block, room))
+            return NULL;
+        break;
     }
-    return 1;
+    return room;
 }
 
 /* Our own values as they travelled. `near` is what was encoded, and fp32 and the lattice need no codes then. */
-static void decode_own(const Payload *payload, int64_t begin, int count, const float *restrict near, float *restrict out) {
-    if (payload->codec == FP32 && near) {
-        memcpy(out, near, BLOCK * sizeof *out);
-    } else if (payload->codec == LATTICE) {
-        float step = read_bfloat16(payload->bytes + 2 * ((payload->start + begin) / BLOCK)), inverse = 1.0f / step;
-        for (int i = 0; i < BLOCK; i++) out[i] = rintf(near[i] * inverse) * step;
-    } else {
-        decode(payload, begin, count, NULL, NULL, out);
-    }
+static const float *decode_own(const Payload *payload, int64_t begin, int count, const float *near, float *restrict room) {
+    if (payload->codec == FP32 && near) return near;
+    if (payload->codec != LATTICE) return decode(payload, begin, count, NULL, NULL, room);
+    float step = read_bfloat16(payload->bytes + 2 * ((payload->start + begin) / BLOCK)), inverse = 1.0f / step;
+    for (int i = 0; i < BLOCK; i++) room[i] = rintf(near[i] * inverse) * step;
+    return room;
+}
+
+/* A short block must not count what is behind it. */
+static void clear_behind(float *x, int count) {
+    if (count < BLOCK) memset(x + count, 0, (size_t)(BLOCK - count) * sizeof *x);
 }
 
 /* ---- short blocks are worked on in padded copies ---- */
@@ -388,6 +395,16 @@ static float spread_of(const Pack *pack, float *distance, const Vectors *one, fl
     return *distance * 0.625f;  /* 2 * WINDOW / 16 */
 }
 
+/* delta <- theta - phi; returns its sum of squares */
+static float differ(const float *restrict theta, const float *restrict phi, float *restrict delta) {
+    for (int i = 0; i < BLOCK; i++) delta[i] = theta[i] - phi[i];
+    return sum_of_squares(delta);
+}
+
+static void copy_block(float *restrict out, const float *restrict x) {
+    for (int i = 0; i < BLOCK; i++) out[i] = x[i];
+}
+
 /* encode, and anchor <- theta; returns sum of delta^2 */
 double llm_node_pack(const Pack *pack) {
     double sum = 0.0;
@@ -395,9 +412,7 @@ double llm_node_pack(const Pack *pack) {
     for (int64_t begin = 0; begin < pack->numel; begin += BLOCK) {
         int count = count_of(pack->numel, begin);
         Vectors one = vectors_of(&pack->vectors, &copies, begin, count);
-        float delta[BLOCK];
-        for (int i = 0; i < BLOCK; i++) delta[i] = one.theta[i] - one.phi[i];
-        float squares = sum_of_squares(delta), spread = 0.0f;
+        float delta[BLOCK], squares = differ(one.theta, one.phi, delta), spread = 0.0f;
         sum += squares;
         if (pack->slow.codec == LATTICE) spread = spread_of(pack, pack->distance + begin / BLOCK, &one, squares, count);
         if (pack->slow.codec) encode(&pack->slow, begin, count, pack->slow_is_theta ? one.theta : one.phi, spread, pack->weights);
@@ -406,10 +421,7 @@ double llm_node_pack(const Pack *pack) {
                 for (int i = 0; i < BLOCK; i++) delta[i] = delta[i] + one.residual[i] * pack->error_decay;
             encode(&pack->delta, begin, count, delta, 0.0f, NULL);
         }
-        if (one.anchor == one.phi)
-            memcpy(one.anchor, one.theta, BLOCK * sizeof(float));
-        else
-            stream_block(one.anchor, one.theta);
+        (one.anchor == one.phi ? copy_block : stream_block)(one.anchor, one.theta);
         copy_back(&pack->vectors, &one, begin, count);
     }
     settle();
@@ -424,129 +436,138 @@ double llm_node_measure(Measure *measure) {
     for (int64_t begin = 0; begin < measure->numel; begin += BLOCK) {
         int count = count_of(measure->numel, begin);
         Vectors one = vectors_of(&all, &copies, begin, count);
-        float ours[BLOCK], theirs[BLOCK], squares = 0.0f;
-        int is_readable = decode(&measure->theirs, begin, count, one.theta, measure->weights, theirs);
-        if (is_readable) {
-            decode_own(&measure->ours, begin, count, one.theta, ours);
-            for (int i = 0; i < BLOCK; i++) theirs[i] -= ours[i];
-            if (count < BLOCK) memset(theirs + count, 0, (size_t)(BLOCK - count) * sizeof(float));
-            squares = sum_of_squares(theirs);
+        float room[2][BLOCK], difference[BLOCK], squares = 0.0f;
+        const float *theirs = decode(&measure->theirs, begin, count, one.theta, measure->weights, room[0]);
+        if (theirs) {
+            const float *ours = decode_own(&measure->ours, begin, count, one.theta, room[1]);
+            for (int i = 0; i < BLOCK; i++) difference[i] = theirs[i] - ours[i];
+            clear_behind(difference, count);
+            squares = sum_of_squares(difference);
         }
         sum += squares;
-        measure->num_unreadable += !is_readable;
+        measure->num_unreadable += !theirs;
         if (measure->squares) measure->squares[begin / BLOCK] = squares;
-        if (measure->readable) measure->readable[begin / BLOCK] = (uint8_t)is_readable;
+        if (measure->readable) measure->readable[begin / BLOCK] = theirs != NULL;
     }
     return sum;
 }
 
 /* The mean delta of the group: own_factor * own + sum of factor * theirs, or our exact one. */
 static void mean_delta(const Step *step, const Vectors *one, int64_t begin, int count, float *restrict mean) {
-    if (step->own_factor < 0.0f) {
+    float room[BLOCK], factor = step->own_factor;
+    if (factor < 0.0f) {
         for (int i = 0; i < BLOCK; i++) mean[i] = one->anchor[i] - one->phi[i];
         return;
     }
-    float theirs[BLOCK];
-    decode(&step->own_delta, begin, count, NULL, NULL, mean);
-    for (int i = 0; i < BLOCK; i++) mean[i] *= step->own_factor;
+    const float *own = decode(&step->own_delta, begin, count, NULL, NULL, room);
+    for (int i = 0; i < BLOCK; i++) mean[i] = own[i] * factor;
     for (int partner = 0; partner < step->num_partners; partner++) {
         if (!step->deltas[partner].codec) continue;
-        float factor = step->deltas[partner].factor;
-        decode(step->deltas + partner, begin, count, NULL, NULL, theirs);
+        const float *theirs = decode(step->deltas + partner, begin, count, NULL, NULL, room);
+        factor = step->deltas[partner].factor;
         for (int i = 0; i < BLOCK; i++) mean[i] += theirs[i] * factor;
     }
 }
 
 /* pull <- sum of factor * (theirs - ours); a block that cannot be read pulls nobody */
 static void sum_pulls(const Step *step, const Vectors *one, int64_t begin, int count, float *restrict pull) {
-    const float *near = step->slow_is_theta ? one->anchor : one->phi;
-    float ours[BLOCK], theirs[BLOCK];
-    memset(pull, 0, BLOCK * sizeof *pull);
-    if (!step->own_slow.codec || !step->num_partners) return;
-    decode_own(&step->own_slow, begin, count, near, ours);
+    const float *near = step->slow_is_theta ? one->anchor : one->phi, *ours = NULL;
+    float room[2][BLOCK];
     for (int partner = 0; partner < step->num_partners; partner++) {
-        float factor = step->slows[partner].factor;
-        if (!step->slows[partner].codec) continue;
-        if (!decode(step->slows + partner, begin, count, near, step->weights, theirs)) continue;
-        for (int i = 0; i < BLOCK; i++) pull[i] += (theirs[i] - ours[i]) * factor;
+        const Payload *slow = step->slows + partner;
+        const float *theirs = slow->codec ? decode(slow, begin, count, near, step->weights, room[0]) : NULL;
+        if (!theirs) continue;
+        int is_first = !ours;
+        float factor = slow->factor;
+        if (is_first) ours = decode_own(&step->own_slow, begin, count, near, room[1]);
+        if (is_first)
+            for (int i = 0; i < BLOCK; i++) pull[i] = (theirs[i] - ours[i]) * factor;
+        else
+            for (int i = 0; i < BLOCK; i++) pull[i] += (theirs[i] - ours[i]) * factor;
     }
+    if (!ours) memset(pull, 0, BLOCK * sizeof *pull);
+    clear_behind(pull, count);
 }
 
-/* by <- the outer step, and the momentum takes its own: averaging/outer.py. With pair averaging the step begins at the anchor. */
-static void outer_step(const Step *step, float *restrict momentum, const float *restrict mean, const float *restrict pull,
-                       float *restrict by) {
-    float alpha = step->alpha, beta = step->beta, gamma = step->gamma;
+/* by <- the outer step; the momentum takes its own and shrinks by `clip`: averaging/outer.py. With pair averaging by is the pull. */
+static void outer_step(const Step *step, float *restrict momentum, const float *restrict mean, float *restrict by) {
+    float alpha = step->alpha, beta = step->beta, gamma = step->gamma, clip = step->clip;
     switch (step->rule) {
-    case PAIR_AVERAGE:
-        memcpy(by, pull, BLOCK * sizeof *by);
-        break;
     case NOLOCO:
-        for (int i = 0; i < BLOCK; i++) by[i] = momentum[i] = momentum[i] * alpha + mean[i] * beta + pull[i] * gamma;
+        for (int i = 0; i < BLOCK; i++) {
+            by[i] = momentum[i] * alpha + mean[i] * beta + by[i] * gamma;
+            momentum[i] = by[i] * clip;
+        }
         break;
     case HEAVY_BALL:
         for (int i = 0; i < BLOCK; i++) {
-            momentum[i] = momentum[i] * alpha + mean[i];
-            by[i] = momentum[i] * beta + pull[i] * gamma;
+            float velocity = momentum[i] * alpha + mean[i];
+            by[i] = velocity * beta + by[i] * gamma;
+            momentum[i] = velocity * clip;
         }
         break;
     case NESTEROV:
         for (int i = 0; i < BLOCK; i++) {
-            momentum[i] = momentum[i] * alpha + mean[i];
-            by[i] = (mean[i] + momentum[i] * alpha) * beta + pull[i] * gamma;
+            float velocity = momentum[i] * alpha + mean[i];
+            by[i] = (mean[i] + velocity * alpha) * beta + by[i] * gamma;
+            momentum[i] = velocity * clip;
         }
         break;
     case SPARSELOCO:
-        for (int i = 0; i < BLOCK; i++) by[i] = mean[i] * beta + pull[i] * gamma;
+        for (int i = 0; i < BLOCK; i++) by[i] = mean[i] * beta + by[i] * gamma;
         break;
     }
 }
 
 /* e <- b * e + delta - sent */
 static void keep_residual(const Step *step, const Vectors *one, int64_t begin, int count) {
-    float sent[BLOCK];
-    decode(&step->own_delta, begin, count, NULL, NULL, sent);
-    for (int i = 0; i < BLOCK; i++)
-        one->residual[i] = one->residual[i] * step->error_decay + (one->anchor[i] - one->phi[i]) - sent[i];
+    float room[BLOCK], decay = step->error_decay, *restrict residual = one->residual;
+    const float *sent = decode(&step->own_delta, begin, count, NULL, NULL, room);
+    for (int i = 0; i < BLOCK; i++) residual[i] = residual[i] * decay + (one->anchor[i] - one->phi[i]) - sent[i];
 }
 
-/* phi <- where the step leads, theta follows; by <- phi' - anchor. In copies, since the anchor may be phi. */
-static void move(const Step *step, const Vectors *one, float *restrict by) {
-    float packed[BLOCK], moved[BLOCK], *restrict theta = one->theta, scale = step->scale, keep = step->keep;
-    memcpy(packed, one->anchor, sizeof packed);
-    memcpy(moved, step->rule == PAIR_AVERAGE ? one->anchor : one->phi, sizeof moved);
-    for (int i = 0; i < BLOCK; i++) moved[i] += by[i] * scale;
-    for (int i = 0; i < BLOCK; i++) by[i] = moved[i] - packed[i];
-    if (keep == 1.0f)
-        for (int i = 0; i < BLOCK; i++) theta[i] = (theta[i] - packed[i]) + moved[i];
-    else
-        for (int i = 0; i < BLOCK; i++) theta[i] += by[i] * keep;
-    memcpy(one->phi, moved, sizeof moved);
+/* phi <- where the step leads, theta follows; by <- phi' - anchor. Where the step begins at the anchor, that is phi itself. */
+static void move_from_anchor(float *restrict theta, float *restrict phi, float *restrict by, float scale, float keep) {
+    for (int i = 0; i < BLOCK; i++) {
+        float packed = phi[i], moved = packed + by[i] * scale, now = theta[i];
+        by[i] = moved - packed;
+        theta[i] = keep == 1.0f ? (now - packed) + moved : now + by[i] * keep;
+        phi[i] = moved;
+    }
+}
+
+static void move_from_phi(float *restrict theta, float *restrict phi, const float *restrict anchor, float *restrict by, float scale,
+                          float keep) {
+    for (int i = 0; i < BLOCK; i++) {
+        float packed = anchor[i], moved = phi[i] + by[i] * scale, now = theta[i];
+        by[i] = moved - packed;
+        theta[i] = keep == 1.0f ? (now - packed) + moved : now + by[i] * keep;
+        phi[i] = moved;
+    }
 }
 
 /* theta, phi and momentum take the step; returns sum of (phi' - anchor)^2, or, dry, that of the step, and changes nothing */
 double llm_node_step(const Step *step) {
     double sum = 0.0;
     Copies copies;
-    int is_pair = step->rule == PAIR_AVERAGE;
     for (int64_t begin = 0; begin < step->numel; begin += BLOCK) {
         int count = count_of(step->numel, begin);
         Vectors one = vectors_of(&step->vectors, &copies, begin, count);
-        float mean[BLOCK], pull[BLOCK], by[BLOCK], momentum[BLOCK];
+        float mean[BLOCK], by[BLOCK], copy[BLOCK], *momentum = one.momentum;
         if (step->keeps_residual && !step->is_dry) keep_residual(step, &one, begin, count);
-        if (!is_pair) mean_delta(step, &one, begin, count, mean);
-        sum_pulls(step, &one, begin, count, pull);
-        if (one.momentum) memcpy(momentum, one.momentum, sizeof momentum);
-        outer_step(step, momentum, mean, pull, by);
-        if (count < BLOCK) memset(by + count, 0, (size_t)(BLOCK - count) * sizeof(float));
-        if (step->is_dry) {
-            sum += sum_of_squares(by);
-            continue;
+        sum_pulls(step, &one, begin, count, by);
+        if (step->rule != PAIR_AVERAGE) {
+            if (step->is_dry && momentum) momentum = memcpy(copy, momentum, sizeof copy);
+            mean_delta(step, &one, begin, count, mean);
+            clear_behind(mean, count);
+            outer_step(step, momentum, mean, by);
         }
-        move(step, &one, by);
-        if (one.momentum)
-            for (int i = 0; i < BLOCK; i++) one.momentum[i] = momentum[i] * step->clip;
+        if (!step->is_dry && one.anchor == one.phi)
+            move_from_anchor(one.theta, one.phi, by, step->scale, step->keep);
+        else if (!step->is_dry)
+            move_from_phi(one.theta, one.phi, one.anchor, by, step->scale, step->keep);
         sum += sum_of_squares(by);
-        copy_back(&step->vectors, &one, begin, count);
+        if (!step->is_dry) copy_back(&step->vectors, &one, begin, count);
     }
     return sum;
 }
