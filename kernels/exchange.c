@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-enum { BLOCK = 256, SMALL = 64, LANES = 64 };
+enum { BLOCK = 256, SMALL = 64, LANES = 64, AHEAD = 1024 };
 enum { NONE, FP32, BF16, Q8, Q4, E3M0, LATTICE };
 enum { PAIR_AVERAGE, NOLOCO, HEAVY_BALL, NESTEROV, SPARSELOCO };
 
@@ -134,6 +134,13 @@ static void settle(void) {
 #ifdef __AVX__
     _mm_sfence();
 #endif
+}
+
+/* Have what comes AHEAD values later brought to the cache: the processor's own foresight ends with a page. Inline, since gcc takes a
+   function that does nothing else for one that does nothing. */
+static inline __attribute__((always_inline)) void prefetch(const float *x, int64_t begin, int64_t numel) {
+    if (!x || numel - begin < AHEAD + BLOCK) return;
+    for (int i = 0; i < BLOCK; i += 16) __builtin_prefetch(x + begin + AHEAD + i);
 }
 
 /* ---- formats: one block of 256, or as many small ones as hold `count` values; x is padded with zeros ---- */
@@ -295,7 +302,10 @@ static const float *decode(const Payload *payload, int64_t begin, int count, con
     int64_t at = payload->start + begin, block = at / BLOCK, num_blocks = payload->num_blocks;
     switch (payload->codec) {
     case FP32:
-        if (count == BLOCK && (uintptr_t)bytes % sizeof(float) == 0) return (const float *)(bytes + 4 * at);
+        if (count == BLOCK && (uintptr_t)bytes % sizeof(float) == 0) {
+            prefetch((const float *)bytes, at, num_blocks * BLOCK);
+            return (const float *)bytes + at;
+        }
         memcpy(room, bytes + 4 * at, 4 * (size_t)count);
         break;
     case BF16:
@@ -347,14 +357,17 @@ static void pad(float **vector, float *copy, int64_t begin, int count) {
 
 static Vectors vectors_of(const Vectors *all, Copies *copies, int64_t begin, int count) {
     Vectors one = *all;
+    if (count == BLOCK) {
+        if (one.theta) one.theta += begin;
+        if (one.phi) one.phi += begin;
+        if (one.momentum) one.momentum += begin;
+        if (one.residual) one.residual += begin;
+        if (one.anchor) one.anchor += begin;
+        return one;
+    }
     float **each[5] = {&one.theta, &one.phi, &one.momentum, &one.residual, &one.anchor};
     int anchor_is_phi = all->anchor == all->phi;
-    for (int i = 0; i < 5; i++) {
-        if (count < BLOCK)
-            pad(each[i], copies->values[i], begin, count);
-        else if (*each[i])
-            *each[i] += begin;
-    }
+    for (int i = 0; i < 5; i++) pad(each[i], copies->values[i], begin, count);
     if (anchor_is_phi) one.anchor = one.phi;
     return one;
 }
@@ -364,6 +377,13 @@ static void copy_back(const Vectors *all, const Vectors *one, int64_t begin, int
     float *from[5] = {one->theta, one->phi, one->momentum, one->residual, one->anchor};
     for (int i = 0; i < 5 && count < BLOCK; i++)
         if (to[i]) memcpy(to[i] + begin, from[i], (size_t)count * sizeof(float));
+}
+
+static inline __attribute__((always_inline)) void prefetch_all(const Vectors *all, int64_t begin, int64_t numel) {
+    prefetch(all->theta, begin, numel);
+    prefetch(all->phi, begin, numel);
+    prefetch(all->momentum, begin, numel);
+    prefetch(all->residual, begin, numel);
 }
 
 static int count_of(int64_t numel, int64_t begin) { return numel - begin < BLOCK ? (int)(numel - begin) : BLOCK; }
@@ -411,6 +431,7 @@ double llm_node_pack(const Pack *pack) {
     Copies copies;
     for (int64_t begin = 0; begin < pack->numel; begin += BLOCK) {
         int count = count_of(pack->numel, begin);
+        prefetch_all(&pack->vectors, begin, pack->numel);
         Vectors one = vectors_of(&pack->vectors, &copies, begin, count);
         float delta[BLOCK], squares = differ(one.theta, one.phi, delta), spread = 0.0f;
         sum += squares;
@@ -432,9 +453,11 @@ double llm_node_pack(const Pack *pack) {
 double llm_node_measure(Measure *measure) {
     double sum = 0.0;
     Vectors all = {(float *)measure->near, 0, 0, 0, 0};
+    int needs_near = measure->theirs.codec == FP32 || measure->theirs.codec == LATTICE;
     Copies copies;
     for (int64_t begin = 0; begin < measure->numel; begin += BLOCK) {
         int count = count_of(measure->numel, begin);
+        if (needs_near) prefetch(measure->near, begin, measure->numel);
         Vectors one = vectors_of(&all, &copies, begin, count);
         float room[2][BLOCK], difference[BLOCK], squares = 0.0f;
         const float *theirs = decode(&measure->theirs, begin, count, one.theta, measure->weights, room[0]);
@@ -552,6 +575,8 @@ double llm_node_step(const Step *step) {
     Copies copies;
     for (int64_t begin = 0; begin < step->numel; begin += BLOCK) {
         int count = count_of(step->numel, begin);
+        prefetch_all(&step->vectors, begin, step->numel);
+        if (step->vectors.anchor != step->vectors.phi) prefetch(step->vectors.anchor, begin, step->numel);
         Vectors one = vectors_of(&step->vectors, &copies, begin, count);
         float mean[BLOCK], by[BLOCK], copy[BLOCK], *momentum = one.momentum;
         if (step->keeps_residual && !step->is_dry) keep_residual(step, &one, begin, count);
