@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from kernels.memory import in_huge_pages
+
 __all__ = ["FlatParameters"]
 
 
@@ -43,7 +45,7 @@ class FlatParameters:
         for name, shape in self.shapes.items():
             self.offsets[name] = numel
             numel += math.prod(shape)
-        self.theta = torch.empty(numel, device=devices.pop())
+        self.theta = in_huge_pages(torch.empty(numel, device=devices.pop()))
         for name, view in self.views(self.theta).items():
             view.copy_(parameters[name].detach())
             parameters[name].data = view

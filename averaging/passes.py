@@ -108,7 +108,7 @@ class TiledPasses(Passes):
     def _gather(self, piece: Piece, accepted: Sequence[Partner], *, learns: bool) -> tuple[Buffers, Tensor | None]:
         """The group's mean Δ in `buffers.mean`, and the pull if there is one. Alone, the mean is our exact Δ."""
         buffers, payloads, vectors = self._buffers_of(piece), self._payloads, self._vectors
-        if payloads.has_group_mean:
+        if payloads.group_mean is not None:
             payloads.read_group_mean(piece, buffers.mean)
         elif accepted and payloads.delta.numel():
             payloads.mix_deltas(piece, buffers.mean, buffers.scratch, accepted)

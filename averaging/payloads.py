@@ -19,6 +19,7 @@ from averaging.fragments import Piece
 from averaging.partners import Measurement, Partner
 from averaging.replica_config import ReplicaConfig
 from averaging.window import LatticeWindow
+from kernels.memory import in_huge_pages
 
 __all__ = ["Buffers", "Payloads"]
 
@@ -55,17 +56,13 @@ class Payloads:
         )
         # Fragment 0 is the longest; the other rounds use a part of its buffers.
         self._delta_room, self._slow_room = (
-            torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            in_huge_pages(torch.zeros(num_bytes, dtype=torch.uint8, device=device))
             for num_bytes in config.payload_bytes(num_parameters)
         )
         self.delta, self.slow = self._delta_room, self._slow_room
-        self._group_mean: Tensor | None = None
+        self.group_mean: Tensor | None = None
+        """The mean Δ that an all-reduce brought, encoded like Δ."""
         self._round = 0
-
-    @property
-    def has_group_mean(self) -> bool:
-        """Whether an all-reduce brought the mean Δ."""
-        return self._group_mean is not None
 
     def take_group_mean(self, data: memoryview | None) -> None:
         """The mean Δ of this round's all-reduce, or None if there was none.
@@ -74,14 +71,14 @@ class Payloads:
             ProtocolError: its length is not that of Δ.
         """
         if data is None:
-            self._group_mean = None
+            self.group_mean = None
         else:
-            self._group_mean = payload_tensor(data, num_bytes=self.delta.numel(), device=self.delta.device)
+            self.group_mean = payload_tensor(data, num_bytes=self.delta.numel(), device=self.delta.device)
 
     def read_group_mean(self, piece: Piece, out: Tensor) -> None:
         """out ← the group's mean Δ."""
-        assert self._group_mean is not None
-        self.delta_codec.decode(self._group_mean, out, start=piece.start)
+        assert self.group_mean is not None
+        self.delta_codec.decode(self.group_mean, out, start=piece.start)
 
     def begin(self, round: int) -> None:
         """Make room for a round's fragment."""

@@ -12,7 +12,8 @@ Three rules keep a swarm from drifting apart. (1) Where a partner's decoded valu
 WE sent (averaging/passes.py). (2) What the Δ codec lost goes into the residual, and only when a partner has received the bytes.
 (3) Without an accepted partner the step is the solo step, bit for bit.
 
-The vectors are θ, φ, δ, residual and anchor; averaging/passes.py and, for large models, averaging/fused.py work on them.
+The vectors are θ, φ, δ, residual and anchor; averaging/passes.py works on them, or, for large models,
+averaging/native_passes.py on a CPU and averaging/fused.py elsewhere.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from averaging.admission import Admission, Verdict
 from averaging.fragments import Fragments
 from averaging.fused import FusedPasses, is_fusible
+from averaging.native_passes import NativePasses, is_native
 from averaging.partners import Measurement, Partner, read_partners, weigh_partners
 from averaging.passes import TiledPasses
 from averaging.payloads import Payloads
@@ -35,6 +37,8 @@ from averaging.replica_config import ReplicaConfig
 from averaging.update import RemoteUpdate, Update
 from averaging.vectors import Passes, Vectors
 from kernels.dispatch import use_compiled
+from kernels.exchange import use_native
+from kernels.memory import in_huge_pages
 from protocol.ids import PeerId
 
 __all__ = ["Outcome", "Replica", "ReplicaConfig"]
@@ -74,25 +78,27 @@ class Replica:
 
     def __init__(self, theta: Tensor, config: ReplicaConfig) -> None:
         numel, device, outer = theta.numel(), theta.device, config.outer
-        compiled = use_compiled(numel, wanted=config.compiled)
+        native = is_native(config) and use_native(numel, wanted=config.compiled, device=device)
+        compiled = not native and use_compiled(numel, wanted=config.compiled)
         self.config = config
         self.admission = Admission(config.admission)
         self.theta = theta
-        self.phi = theta.clone()
+        self.phi = in_huge_pages(torch.empty_like(theta)).copy_(theta)
         self._payloads = Payloads(numel, config, device=device, compiled=compiled)
-        self.momentum = torch.zeros(numel if outer.has_momentum else 0, device=device)
+        self.momentum = in_huge_pages(torch.zeros(numel if outer.has_momentum else 0, device=device))
         carries_error = outer.sends_delta and self._payloads.delta_codec.lossy
-        self.residual = torch.zeros(numel if carries_error else 0, device=device)
+        self.residual = in_huge_pages(torch.zeros(numel if carries_error else 0, device=device))
         fused = compiled and is_fusible(config)
+        is_anchored = outer.keeps_slow or not (native or fused)
         vectors = Vectors(
             theta=theta,
             phi=self.phi,
             momentum=self.momentum,
             residual=self.residual,
-            anchor=self.phi if fused and not outer.keeps_slow else torch.empty_like(theta),
+            anchor=in_huge_pages(torch.empty_like(theta)) if is_anchored else self.phi,
         )
         fragments = Fragments(numel, config.fragments)
-        route = FusedPasses if fused else TiledPasses
+        route = NativePasses if native else FusedPasses if fused else TiledPasses
         self._passes: Passes = route(vectors, self._payloads, fragments, config)
         self._packed: Update | None = None
         self._delta_norm = 0.0

@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["COMPILE_MIN_NUMEL", "compiled_version", "compiler_works", "tile_numel", "use_compiled"]
+__all__ = ["COMPILE_MIN_NUMEL", "compiled_version", "compiler_works", "is_worthwhile", "tile_numel", "use_compiled"]
 
 COMPILE_MIN_NUMEL = 16_000_000
 """Smallest tensor, in elements, for which compiling is worth its start-up cost without being asked for."""
@@ -40,9 +40,12 @@ def use_compiled(numel: int, *, wanted: bool | None) -> bool:
     Returns:
         Whether to take the compiled route; False where no compiler works.
     """
-    if wanted is False or (wanted is None and numel < COMPILE_MIN_NUMEL):
-        return False
-    return compiler_works()
+    return is_worthwhile(numel, wanted=wanted) and compiler_works()
+
+
+def is_worthwhile(numel: int, *, wanted: bool | None) -> bool:
+    """The same, whether a compiler works here or not."""
+    return numel >= COMPILE_MIN_NUMEL if wanted is None else wanted
 
 
 @functools.cache

@@ -1,8 +1,7 @@
 """Many plans of one case, one after the other: compiled where this machine has a C compiler, in Python elsewhere.
 
 The planner's search is as good as the number of plans it can try. node/pipeline/replay.c tries some twenty times as many per
-second as node/pipeline/replay.py, whose results it repeats exactly. It is compiled anew by every process that plans, into a
-folder that is gone a moment later: that takes a quarter of a second, and nobody can plant a library for us to load.
+second as node/pipeline/replay.py, whose results it repeats exactly.
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.native import compiled_library
 from node.pipeline.case import Case
 from node.pipeline.plan import Dispatch
 from node.pipeline.replay import route, run
@@ -26,8 +22,6 @@ from node.pipeline.replay import route, run
 __all__ = ["Replayer", "has_compiler"]
 
 SOURCE = Path(__file__).with_name("replay.c")
-COMPILERS = ("cc", "gcc", "clang")
-COMPILE_TIMEOUT_S = 60.0
 _DISPATCH: dict[Dispatch, int] = {"fifo": 0, "priority": 1, "backward_first": 2}
 _ROUTES_KEPT = 1 << 14
 
@@ -122,20 +116,11 @@ def has_compiler() -> bool:
     return _compiled() is not None
 
 
-@functools.cache
 def _compiled() -> ctypes._FuncPointer | None:
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or os.name != "posix":
+    library = compiled_library(SOURCE)
+    if library is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="llm-node-replay-") as folder:
-        library = Path(folder) / "replay.so"
-        # No fused multiply-add: the last digit must be that of the Python loop.
-        command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
-            function = ctypes.CDLL(str(library)).llm_node_replay
-        except (OSError, subprocess.SubprocessError):
-            return None
+    function = library.llm_node_replay
     function.restype = ctypes.c_double
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
     function.argtypes = (pointer, integer, pointer, pointer, integer, ctypes.c_double, pointer)

@@ -22,6 +22,7 @@ from averaging.averager import Averager
 from averaging.outer import OuterConfig
 from averaging.replica import Replica
 from averaging.replica_config import ReplicaConfig
+from kernels.memory import in_huge_pages
 from protocol.identity import Identity
 from protocol.ids import PeerId, RunId
 from protocol.libp2p import Libp2pTransport
@@ -69,7 +70,8 @@ class Peer:
     async def prepare(self, numel: int, algorithm: Any, delta: str, slow: str, eager: bool) -> None:
         """Start from weights that both peers share."""
         await self.free()
-        theta = torch.empty(numel).normal_(std=_WEIGHT_STD, generator=torch.Generator().manual_seed(1))
+        theta = in_huge_pages(torch.empty(numel))  # as averaging/flatten.py makes a model's
+        theta.normal_(std=_WEIGHT_STD, generator=torch.Generator().manual_seed(1))
         theta_only = algorithm == "theta-only"
         outer = OuterConfig(algorithm="noloco" if theta_only else algorithm, theta_only=theta_only)
         config = ReplicaConfig(outer=outer, delta_codec=delta, slow_codec=slow, compiled=False if eager else None)

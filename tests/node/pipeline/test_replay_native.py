@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from node.pipeline import replay_native
+from kernels import native
 from node.pipeline.case import Case
 from node.pipeline.construct import construct
 from node.pipeline.plan import Dispatch
@@ -42,12 +42,12 @@ def test_both_ways_agree(seed: int, shares_lines: bool, dispatch: Dispatch) -> N
 
 
 def test_without_a_compiler_plans_are_tried_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_native, "COMPILERS", ("no-such-compiler",))
-    replay_native._compiled.cache_clear()
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    native.compiled_library.cache_clear()
     try:
         assert not has_compiler()
         case = drawn_case(1)
         paths = np.array([each.path for each in construct(case).microbatches], dtype=np.int32)
         assert 0.0 < Replayer(case).run(paths, np.zeros(len(paths)), ends=np.zeros(len(paths))) < math.inf
     finally:
-        replay_native._compiled.cache_clear()
+        native.compiled_library.cache_clear()
