@@ -216,7 +216,7 @@ class Membership:
             finally:
                 self._progress.state = "leaving" if self.next_stage is None else "joining"
                 if isinstance(steps, PipelineSteps):
-                    steps.close()
+                    await steps.close()
                 await self._save(final=True)
 
     async def _after_round(self, round: int) -> None:

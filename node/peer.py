@@ -8,6 +8,7 @@ whatever kills the process instead costs at most a round.
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,7 @@ class Peer:
             source, heldout, _ = await self._open_data()
             await self._take_role()
             before: int | None = None
+            membership: Membership | None
             while True:
                 membership = self._membership = Membership(
                     self.manifest,
@@ -144,6 +146,8 @@ class Peer:
                     if membership.next_stage is None:
                         break
                     target, before = membership.next_stage, self._role.stage
+                self._membership = membership = None
+                gc.collect()  # the old stage must be gone before there is room for the new one
                 await self._role.move(target)
                 self._tell_stage()
         return self.summary()

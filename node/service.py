@@ -182,9 +182,13 @@ class Service:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             await self.beat()
-            for watcher, task in list(self._watchers.items()):
-                if task is None or task.done():
-                    self._watchers[watcher] = tasks.create_task(self._watch(watcher))
+            self._start_watchers(tasks)
+
+    def _start_watchers(self, tasks: asyncio.TaskGroup) -> None:
+        """Those that are not at work. In a method of its own: the heartbeat's frame, which lasts, must not keep any of them."""
+        for watcher, task in list(self._watchers.items()):
+            if task is None or task.done():
+                self._watchers[watcher] = tasks.create_task(self._watch(watcher))
 
     async def _watch(self, watcher: Watcher) -> None:
         """Run it. What a stranger has written into the directory must never end a peer, whatever a watcher makes of it."""

@@ -108,6 +108,9 @@ class Libp2pTransport(Transport):
         if self._running:
             self._spawn(self.daemon.serve(protocol), self._registrations)
 
+    def unhandle(self, protocol: str) -> None:
+        self.incoming.handlers.pop(protocol, None)  # p2pd goes on passing streams to us, which are closed at once
+
     async def connect(self, address: str) -> PeerId:
         path, peer = split_address(address)
         if peer == self.peer_id:

@@ -245,6 +245,9 @@ class MemoryTransport(Transport):
     def handle(self, protocol: str, handler: Handler) -> None:
         self.incoming.handlers[protocol] = handler
 
+    def unhandle(self, protocol: str) -> None:
+        self.incoming.handlers.pop(protocol, None)
+
     async def connect(self, address: str) -> PeerId:
         match address.split("/"):
             case ["", "memory", number, "p2p", peer] if number.isdecimal() and peer:

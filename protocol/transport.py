@@ -120,6 +120,10 @@ class Transport(ABC):
         """Serve incoming streams named `protocol`. May be called before or after the transport started."""
 
     @abstractmethod
+    def unhandle(self, protocol: str) -> None:
+        """Serve them no more: who opens one fails, or finds it ended. Handlers at work go on. Harmless without a handler."""
+
+    @abstractmethod
     async def connect(self, address: str) -> PeerId:
         """Dial a multiaddress ending in `/p2p/<peer id>`, so that `open` with that id works; returns the id.
 

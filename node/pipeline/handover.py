@@ -170,6 +170,7 @@ class Handover:
             async with asyncio.timeout(NOTICE_TIMEOUT_S):
                 async with await self._transport.open(peer, NOTICE_PROTOCOL) as stream:
                     await write_message(stream, notice)
+                    await _until_closed(stream)
 
     # ---- ways
 

@@ -78,6 +78,10 @@ class Inference:
         self._one_at_a_time = asyncio.Lock()
         transport.handle(FORWARD_PROTOCOL, self.serve)
 
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._transport.unhandle(FORWARD_PROTOCOL)
+
     async def serve(self, stream: Stream) -> None:
         """One pass, for a peer of stage 0."""
         try:

@@ -79,7 +79,7 @@ class Ledger:
         self._ended: dict[PeerId, int] = {}
         self._told_us: dict[PeerId, int] = {}
         self._changed = asyncio.Event()
-        self._is_open = True
+        self._is_open, self._has_left = True, False
 
     # ---- microbatches
 
@@ -156,6 +156,12 @@ class Ledger:
             held.lose("the iteration is over")
             self.forget(key)
 
+    def leave(self) -> None:
+        """Take nothing more in, and let nobody wait for it."""
+        self._has_left = True
+        self.close()
+        self._change()
+
     def next_iteration(self) -> None:
         """Begin the next iteration, or the one that the swarm is in if that is further on."""
         self.close()
@@ -192,9 +198,9 @@ class Ledger:
             self.note_end(sender, task.iteration - 1)  # in case its notice was lost
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._terms.hop_timeout_s):
-                while task.iteration == self.iteration + 1 or self._waits_for_room(task):
+                while not self._has_left and (task.iteration == self.iteration + 1 or self._waits_for_room(task)):
                     await self._changed.wait()
-        if task.iteration > self.iteration:
+        if task.iteration > self.iteration and not self._has_left:
             return "early"
         if task.iteration < self.iteration or not self._is_open:
             return "stale"

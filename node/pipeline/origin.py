@@ -16,6 +16,8 @@ from protocol.ids import PeerId
 
 __all__ = ["Origin"]
 
+FAREWELL_S = 1.0
+
 
 class Origin:
     """What a peer of stage 0 does besides serving.
@@ -78,6 +80,14 @@ class Origin:
         self._announcing.add(announcing)
         announcing.add_done_callback(self._announcing.discard)
         return announcing
+
+    async def close(self) -> None:
+        """Until everybody has been told, or a moment has passed."""
+        announcing = [*self._announcing]
+        if announcing:
+            await asyncio.wait(announcing, timeout=FAREWELL_S)
+        for each in announcing:
+            each.cancel()
 
     async def _announce(self, peers: list[PeerId], notice: Notice) -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -76,9 +76,14 @@ class StageServer:
         self._visits = Visits(ledger=self._ledger, turnstile=turnstile, passes=self._passes, handover=self._handover)
         self.origin = Origin(terms, ledger=self._ledger, visits=self._visits, handover=self._handover)
         """Sends our own microbatches, at stage 0."""
-        transport.handle(TASK_PROTOCOL, self.serve_task)
-        transport.handle(INPUT_PROTOCOL, self.serve_input)
-        transport.handle(NOTICE_PROTOCOL, self.serve_notice)
+        self._transport = transport
+        self._handlers = {
+            TASK_PROTOCOL: self.serve_task,
+            INPUT_PROTOCOL: self.serve_input,
+            NOTICE_PROTOCOL: self.serve_notice,
+        }
+        for protocol, handler in self._handlers.items():
+            transport.handle(protocol, handler)
 
     @property
     def iteration(self) -> int:
@@ -124,6 +129,13 @@ class StageServer:
     def next_iteration(self) -> None:
         """Serve the next iteration. The caller has closed this one and taken the inner step."""
         self._ledger.next_iteration()
+
+    async def close(self) -> None:
+        """Serve nobody any more."""
+        for protocol in self._handlers:
+            self._transport.unhandle(protocol)
+        self._ledger.leave()
+        await self.origin.close()
 
     # ---- handlers
 

@@ -296,6 +296,7 @@ class PipelineSteps(InnerSteps):
         if self._iteration is not None:
             await asyncio.wait([self._iteration])
 
-    def close(self) -> None:
-        """Take nothing more in: our stage is in other hands from now on."""
-        self._server.close_iteration()
+    async def close(self) -> None:
+        """Take nothing more in: our stage is in other hands from now on, and what it took of our memory is needed for another."""
+        self._inference.close()
+        await self._server.close()

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from protocol.dht_rules import Validator
-from protocol.errors import DeadlineError, PeerUnreachableError, ProtocolError, StreamClosedError, UserError
+from protocol.errors import (
+    DeadlineError,
+    PeerUnreachableError,
+    ProtocolError,
+    StreamClosedError,
+    TransportError,
+    UserError,
+)
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.incoming import MAX_STREAMS_PER_PEER
@@ -270,6 +277,22 @@ async def test_a_handler_can_be_added_and_replaced_while_running(world: World) -
     await serve(b, ECHO, say)
     async with await a.open(b.peer_id, ECHO) as stream:
         assert await stream.read_exactly(1) == b"2"
+
+
+async def test_a_handler_can_be_taken_away_while_running(world: World) -> None:
+    a, b = await world.pair()
+    await serve(b, ECHO, echo)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        assert await ask(stream, b"hi") == b"hi"
+        b.unhandle(ECHO)
+        b.unhandle(ECHO)
+        assert await ask(stream, b"on") == b"on", "who is served already is served on"
+    with pytest.raises(TransportError):
+        async with await a.open(b.peer_id, ECHO) as stream:
+            await stream.read_exactly(1)
+    await serve(b, ECHO, echo)
+    async with await a.open(b.peer_id, ECHO) as stream:
+        assert await ask(stream, b"again") == b"again"
 
 
 async def test_connect_by_address(world: World) -> None:

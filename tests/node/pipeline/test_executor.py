@@ -117,6 +117,30 @@ def test_the_holder_does_not_close_before_its_last_answer_is_read() -> None:
     assert is_open == [True]
 
 
+def test_a_notice_is_read_before_its_stream_is_closed() -> None:
+    """The last one of an iteration says that it has ended: who does not hear it waits until the next look at the directory."""
+    is_open: list[bool] = []
+
+    async def serve(stream: Stream) -> None:
+        await read_message(stream, Notice)
+        try:
+            async with asyncio.timeout(1.0):
+                await stream.read_exactly(1)
+        except TimeoutError:
+            is_open.append(True)
+
+    async def story() -> float:
+        async with Pipeline(2) as pipeline:
+            loop, other = asyncio.get_running_loop(), pipeline.at(1)
+            other.transport.handle(NOTICE_PROTOCOL, serve)
+            told_s = loop.time()
+            await pipeline.at(0).server.origin.announce_end([other.peer])
+            return loop.time() - told_s
+
+    assert run_virtual(story()) < 1.5, "and no longer"
+    assert is_open == [True]
+
+
 def test_fewer_slots_take_longer_and_nothing_is_lost() -> None:
     async def story(slots: int) -> float:
         async with Pipeline(3, slots=slots, waiting=0) as pipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,41 @@ def test_a_mover_that_gets_no_state_goes_back(tmp_path: Path, monkeypatch: pytes
     (first, second, third) = [told["stage"] for told in swarm.named(mover, "stage")]
     assert first == third != second
     assert swarm.named(mover, "resumed")
+
+
+def test_a_mover_lets_go_of_its_old_stage_before_it_takes_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It chose by the memory that one stage takes."""
+    mover = "peer 0"
+    held: list[weakref.ref[StageTrainer]] = []
+    left_over: list[StageTrainer | None] = []
+
+    def look(self: Balance, records: object, *, iteration: int) -> int | None:
+        is_first = self._peer == swarm.peers[mover].progress.peer and not swarm.named(mover, "moving")
+        return (self._stage + 1) % 2 if is_first and iteration >= 5 else None
+
+    async def start(trainer: StageTrainer, **parts: Any) -> Start:
+        if swarm.peers[mover].trainer is trainer:
+            left_over.extend(each() for each in held)
+            held.append(weakref.ref(trainer))
+        return await find_start(trainer, **parts)
+
+    monkeypatch.setattr(Balance, "look", look)
+    monkeypatch.setattr("node.membership.find_start", start)
+    settings = STAGED | {"pipeline__stages": 2, "pipeline__skip_ratio": 0.0}
+    signed, store = tiny_run(tmp_path, **settings, sync__total_rounds=4)
+    swarm = MemorySwarm(signed, store, tmp_path)
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(4):
+                tasks.create_task(swarm.live(f"peer {number}", step_s=0.1))
+
+    torch.set_num_threads(1)
+    run_virtual(story())
+    assert len(held) == 2
+    assert left_over == [None]
 
 
 @pytest.mark.parametrize("source", ["snapshot", "neighbours"])
