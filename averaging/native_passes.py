@@ -29,7 +29,7 @@ from protocol.ids import PeerId
 
 __all__ = ["NativePasses", "is_native"]
 
-_PIECE_NUMEL = 1 << 20
+_PIECE_NUMEL = 1 << 22
 """Elements per call and thread: a call costs nothing beside it."""
 
 
