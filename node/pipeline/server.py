@@ -341,7 +341,7 @@ class StageServer:
         self._ledger.take(key_of(task), held)
         try:
             gradient = await self._receive(stream, heard_s)
-            inputs = await self._compute.run(self._codec.decode, await self._handover.input_of(task))
+            inputs = await self._compute.run_beside(self._codec.decode, await self._handover.input_of(task))
         except BaseException:
             self._ledger.forget(key_of(task))
             raise
@@ -388,7 +388,8 @@ class StageServer:
     async def _commit(self, task: Task) -> bool:
         """Count a backward pass; False if its visit was given up meanwhile, as when the iteration has ended."""
         try:
-            await self._compute.run(self._worker.commit, key_of(task))
+            # Beside the passes: others wait for our word, and a pass may take long.
+            await self._compute.run_beside(self._worker.commit, key_of(task))
         except VisitGoneError:  # nobody else answers for it any more
             await self._handover.lose(task)
             return False
@@ -437,7 +438,8 @@ class StageServer:
         if self._links is not None and not has_waited:
             self._links.note_transfer(stream.peer, self._terms.payload_bytes, loop.time() - heard_s)
         try:
-            return await self._compute.run(self._codec.decode, payload)
+            # Beside the passes: behind one, it would come to the turnstile when that has already admitted something less urgent.
+            return await self._compute.run_beside(self._codec.decode, payload)
         except ProtocolError:
             with contextlib.suppress(TransportError):
                 await write_message(stream, Reply(ok=False, reason="bad-payload"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from node.pipeline.case import Case
+from node.pipeline.live_case import closing_s
 from node.pipeline.plan import Microbatch, Plan
 from node.pipeline.rules import orders
 
@@ -78,6 +79,7 @@ class World:
             ),
             uplink_s=tuple(bits / rate for rate in rates),
             downlink_s=tuple(bits / rate for rate in rates),
+            closing_s=closing_s(latency_s),
             partition=tuple(
                 tuple(peer for peer in peers if self.stages[peer] == stage) for stage in range(self.num_stages)
             ),
