@@ -71,6 +71,8 @@ class Case(BaseModel):
     """The same for the downlink."""
     closing_s: Seconds = Field(default=0.0, ge=0.0)
     """From the end of the last backward pass until all nodes have heard that the iteration is over."""
+    spread: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Standard deviation of the logarithm of what a transfer takes, and twice that of a pass; 0: all take exactly what is said."""
     partition: Partition | None = None
     """Nodes of each stage, where that is given and not to be planned."""
 

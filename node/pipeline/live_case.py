@@ -16,7 +16,7 @@ from protocol.ids import PeerId
 from protocol.manifest_sections import PipelineSpec
 from protocol.records import PeerRecord
 
-__all__ = ["MAX_MEMBERS", "closing_s", "live_case"]
+__all__ = ["MAX_MEMBERS", "SPREAD", "closing_s", "live_case"]
 
 MAX_MEMBERS = 512
 """Peers that one plan is for."""
@@ -26,6 +26,8 @@ LEAST_PASS_S, LEAST_BYTES_PER_S = 1e-6, 1.0
 """What lies below is taken for this: anything may stand in a record."""
 BACKWARD_MULTIPLIER = 3.0
 """A backward pass runs the forward pass again."""
+SPREAD = 0.25
+"""Of what transfers on one link take, see `Case.spread`: between real processes it was 0.26 and 0.29 (docs/LOG.md)."""
 SPARE_VISITS = 3.0
 """A peer is visited at most so many times as often as if its stage shared visits evenly: a bound of the search, not of the peer."""
 
@@ -74,6 +76,7 @@ def live_case(
         uplink_s=tuple(min((line_s[a][b] for b in nodes if b != a), default=0.0) for a in nodes),
         downlink_s=tuple(min((line_s[a][b] for a in nodes if a != b), default=0.0) for b in nodes),
         closing_s=closing_s(latency_s),
+        spread=SPREAD,
         partition=partition,
     )
     return case, members

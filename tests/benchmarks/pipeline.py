@@ -14,9 +14,10 @@ methods:
     live      the plan of the node's own planner (node/pipeline/planning.py), with stages skipped, out of the peers' own records:
               the links and speeds that they have measured, in the other methods' iterations and by a probe per heartbeat
 
-The first three are planned with the numbers by which the swarm was built.
+The first three are planned with the numbers by which the swarm was built, but for the links: what a payload takes on each, after a
+pause and with everybody else silent, is measured before, and how many bytes of the lines it takes with its packets' headers.
 
-    python -m tests.benchmarks.pipeline [--json] [--worlds 3] [--iterations 4] [--planning 6] [--only NAME …] [--traces FILE]
+    python -m tests.benchmarks.pipeline [--json] [--worlds 3] [--iterations 3] [--planning 6] [--only NAME …] [--traces FILE]
 
 Per method, each number the median over the worlds or, of what is counted, the sum: `iteration_s`, the median iteration, and in
 `worlds_s` that of each world; `quartiles_s` of all iterations over their world's median, times `iteration_s`; `predicted_s`, the
@@ -49,6 +50,7 @@ from node.pipeline.plan import Plan
 from node.pipeline.planning import MAX_EVALUATIONS, search
 from node.pipeline.replay import replay
 from node.pipeline.solver import replan, solve
+from node.pipeline.variants import expected_s
 from protocol.ids import PeerId
 from protocol.manifest_sections import PipelineSpec
 from protocol.records import PeerRecord
@@ -80,6 +82,8 @@ SETTINGS: dict[str, Any] = {
     "pipeline__slots": SLOTS,
     "pipeline__microbatches": MICROBATCHES,
 }
+PROBES = 2
+"""Payloads per link before all methods."""
 BOUND_S = 2.0
 """Most time for a bound."""
 PAYLOAD_BYTES = 4 * 16 * 64 * 64
@@ -100,7 +104,7 @@ class Planned:
     def predicted_s(self) -> float:
         """By the planner's simulation, of the iterations that are counted."""
         counted = self.plans if len(self.plans) == 1 else self.plans[WARM_UP:]
-        return statistics.median(replay(self.case, plan)[0] for plan in counted)
+        return statistics.median(expected_s(self.case, plan) for plan in counted)
 
 
 class Swarm:
@@ -133,6 +137,7 @@ class Swarm:
             ],
         )
         assert {answer["payload_bytes"] for answer in told} == {PAYLOAD_BYTES}
+        self.probe()
 
     def _start(self, folder: Path, stack: ExitStack) -> Pair:
         arguments = [(str(folder / str(index)), host) for index, host in enumerate(self.lines.hosts)]
@@ -141,16 +146,21 @@ class Swarm:
         prefixes = [self.lines.inside(index) for index in range(len(arguments))]
         return stack.enter_context(running("pipeline_peers.peer", arguments, prefixes=prefixes))
 
-    def probe(self, times: int) -> list[list[list[float]]]:
-        """Round trip and payload time from each peer to each other, measured with everybody else silent."""
-        found = []
-        for peer in range(len(self.peers)):
-            options = [
-                {"peers": self.peers if other == peer else [], "times": times} for other in range(len(self.peers))
-            ]
-            answer = self._pair.ask_each("probe", options)[peer]["found"]
-            found.append([answer.get(other, [0.0, 0.0]) for other in self.peers])
-        return found
+    def probe(self) -> None:
+        """Measure every link, each line with one payload at a time in each direction."""
+        count = len(self.peers)
+        self.link_s = [[0.0] * count for _ in range(count)]
+        before_bytes = self.sent_bytes()
+        for shift in range(1, count):
+            receivers = [(peer + shift) % count for peer in range(count)]
+            options = [{"peer": self.peers[receiver], "times": PROBES} for receiver in receivers]
+            for sender, answer in enumerate(self._pair.ask_each("probe", options)):
+                self.link_s[sender][receivers[sender]] = answer["link_s"]
+        self.wire_bytes = (self.sent_bytes() - before_bytes) / (PROBES * count * (count - 1))
+
+    def sent_bytes(self) -> int:
+        """By all peers, headers included."""
+        return sum(self.lines.sent_bytes(index) for index in range(len(self.peers)))
 
     def run(self, planned: Planned, iterations: int) -> tuple[list[float], list[Json]]:
         """Seconds of each iteration, and what every peer tells of them."""
@@ -207,7 +217,7 @@ def plans_for(method: str, swarm: Swarm, path_length: int, *, seconds: float, it
     if method == "live":
         return swarm.live_plan(path_length)
     world = swarm.world
-    case = world.case(world.num_stages if method == "full" else path_length, PAYLOAD_BYTES)
+    case = world.case(world.num_stages if method == "full" else path_length, swarm.wire_bytes, swarm.link_s)
     if method == "random":
         # A plan that could stop for ever, since microbatches wait for each other's slots, is no method at all.
         drawn = (random_plan(case, seed=seed) for seed in range(1000))
@@ -222,10 +232,9 @@ def measure(swarm: Swarm, method: str, path_length: int, options: argparse.Names
     """One method in one world: what was measured, and its trace."""
     iterations = options.iterations + WARM_UP
     planned = plans_for(method, swarm, path_length, seconds=options.planning, iterations=iterations)
-    hosts = range(len(swarm.peers))
-    before_bytes = sum(swarm.lines.sent_bytes(index) for index in hosts)
+    before_bytes = swarm.sent_bytes()
     seconds, told = swarm.run(planned, iterations)
-    sent_bytes = sum(swarm.lines.sent_bytes(index) for index in hosts) - before_bytes
+    sent_bytes = swarm.sent_bytes() - before_bytes
     wall_s = max(answer["ends_s"][-1] for answer in told) - min(each[1] for answer in told for each in answer["passes"])
     case, plans = planned.case, planned.plans
     return {
@@ -305,8 +314,6 @@ def _measure_world(name: str, methods: Sequence[str], seed: int, options: argpar
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipe-")))
         swarm = Swarm(world, folder, stack)
-        if options.probe:
-            print(json.dumps(swarm.probe(3)))
         for method in methods:
             found[method], trace = measure(swarm, method, path_length, options)
             print(name, seed, method, json.dumps(merged([found[method]], [])), flush=True)
@@ -320,10 +327,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--worlds", type=int, default=3, help="drawn ones, of each size")
-    parser.add_argument("--iterations", type=int, default=4, help="counted ones, per method and world")
+    parser.add_argument("--iterations", type=int, default=3, help="counted ones, per method and world")
     parser.add_argument("--planning", type=float, default=6.0, help="seconds per plan")
     parser.add_argument("--only", choices=[*SWARMS, *METHODS], nargs="+", default=[*SWARMS, *METHODS])
-    parser.add_argument("--probe", action="store_true", help="measure all links, too")
     parser.add_argument("--traces", type=Path, help="takes every pass of every peer")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import statistics
 import sys
 import time
 from collections import Counter
@@ -48,7 +47,8 @@ T = TypeVar("T")
 PROBE = "/llm-node/benchmark-probe/1"
 HOP_TIMEOUT_S = 60.0
 ITERATION_TIMEOUT_S = 60.0
-WARM_PROBES = 2
+PAUSE_S = 0.6
+"""Between two payloads on a link, as in an iteration: TCP begins slowly again."""
 MEETING_TRIES = 60
 
 
@@ -130,7 +130,7 @@ class Peer:
         stages = StageMap(num_stages=spec.stages, path_length=spec.path_length)
         stages.update({PeerId(peer): Replica(stage=held) for peer, held in holders.items()})
         self._failures: Counter[str] = Counter()
-        self._links = Links(self._transport)
+        self._links = Links(self._transport, payload_bytes=codec.num_bytes)
         self._server = server = StageServer(
             StageTerms(
                 run=run.run_id,
@@ -227,16 +227,15 @@ class Peer:
 
     # ---- the links alone
 
-    async def probe(self, peers: list[str], times: int) -> Json:
-        """Seconds for one microbatch's payload to each of the others, one after the other, the way back of one byte taken off."""
-        found = {}
-        for peer in peers:
-            if peer != self._me:
-                tries = [await self._probe(PeerId(peer)) for _ in range(times + WARM_PROBES)][WARM_PROBES:]
-                found[peer] = [statistics.median(each) for each in zip(*tries, strict=True)]
-        return {"found": found}
+    async def probe(self, peer: str, times: int) -> Json:
+        """Seconds for one microbatch's payload to another one, after a pause each, one byte's way back taken off."""
+        tries = []
+        for _ in range(times):
+            await asyncio.sleep(PAUSE_S)
+            tries.append(await self._probe(PeerId(peer)))
+        return {"link_s": min(tries)}
 
-    async def _probe(self, peer: PeerId) -> tuple[float, float]:
+    async def _probe(self, peer: PeerId) -> float:
         begun_s = time.monotonic()
         async with await self._transport.open(peer, PROBE) as stream:
             await stream.write(b"p")
@@ -245,7 +244,7 @@ class Peer:
             begun_s = time.monotonic()
             await write_bulk(stream, self._payload)
             await stream.read_exactly(1)
-            return round_trip_s, time.monotonic() - begun_s - round_trip_s / 2
+            return time.monotonic() - begun_s - round_trip_s / 2
 
     async def _serve_probe(self, stream: Stream) -> None:
         with contextlib.suppress(StreamClosedError):  # opened to see whether we are there
