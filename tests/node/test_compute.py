@@ -103,3 +103,20 @@ async def test_what_runs_aside_has_a_process_of_its_own_and_ends_with_its_caller
     child.join(10)
     assert not child.is_alive()
     compute.close()
+
+
+async def test_what_runs_beside_does_not_wait_for_the_call_in_progress() -> None:
+    compute = ThreadCompute()
+    may_end, has_begun = threading.Event(), threading.Event()
+
+    def long() -> None:
+        has_begun.set()
+        assert may_end.wait(10.0)
+
+    running = asyncio.create_task(compute.run(long))
+    await asyncio.to_thread(has_begun.wait)
+    assert await compute.run_beside(lambda: 7) == 7
+    assert not running.done()
+    may_end.set()
+    await running
+    compute.close()
