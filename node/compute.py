@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Compute(ABC):
-    """Runs blocking functions one after another, never two at once."""
+    """Runs blocking functions one after another, never two at once, but for what runs beside or aside."""
 
     @abstractmethod
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -42,6 +42,10 @@ class Compute(ABC):
         started_s = asyncio.get_running_loop().time()
         result = await self.run(function, *args, **kwargs)
         return result, asyncio.get_running_loop().time() - started_s
+
+    async def run_beside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function of a few milliseconds that does not wait for the call in progress; of these, too, never two at once."""
+        return await self.run(function, *args, **kwargs)
 
     async def run_aside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a long function that must hold up neither the loop nor `run`. Everything about it must be picklable.
@@ -62,6 +66,7 @@ class ThreadCompute(Compute):
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute", initializer=_yield_to_others)
+        self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="beside", initializer=_yield_to_others)
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
@@ -69,6 +74,10 @@ class ThreadCompute(Compute):
 
     async def timed(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
         return await self.run(_with_seconds, function, *args, **kwargs)
+
+    async def run_beside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._beside, lambda: function(*args, **kwargs))
 
     async def run_aside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         # Neither a pool nor an executor: this can be ended in the middle of a call, and needs no semaphores, which a killed peer
@@ -91,6 +100,7 @@ class ThreadCompute(Compute):
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._beside.shutdown(wait=True, cancel_futures=True)
 
 
 class VirtualCompute(Compute):

@@ -6,6 +6,7 @@ Let x_p be the number of microbatches on path p. With a given partition, T is at
     Σ x_p over the paths through v               ≤  max_visits(v)
     Σ x_p · held(p, v)  +  slots(v) · ends(v)    ≤  slots(v) · T      a slot is held from forward to backward
     Σ x_p · work(v)  +  ends'(v)                 ≤  T                 one task at a time
+    Σ x_p · 2 · line(v)  +  ends''(v)            ≤  T                 its uplink, and so its downlink, where lines are shared
     T                                            ≥  the shortest trip of all
 
 where `held` is the time from p's forward pass at v to the end of its backward pass there if nothing has to wait, and `ends` is what
@@ -13,7 +14,7 @@ must happen before the first task at v and after the last one, times the share o
 per path, and too many paths to write them all down: they are generated as they are needed, from every node of stage 0 the
 cheapest one of every order of stages. Stopping early still leaves a bound: the present value less what the cheapest missing
 path could gain for every microbatch. Where even looking at all paths is too much, `held` counts a node's own times and, between
-nodes, the least that their stages allow.
+nodes, the least that their stages allow. `closing_s` is added to all of it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from scipy.optimize import linprog
 from node.pipeline.case import Case
 from node.pipeline.plan import Plan
 from node.pipeline.rules import orders
+from node.pipeline.variants import variants
 
 __all__ = ["lower_bound"]
 
@@ -55,17 +57,23 @@ class _Duals(NamedTuple):
     start: Numbers
     visit: Numbers
     slot: Numbers
-    work: Numbers
+    load: Numbers
+    """[loads, nodes]"""
 
 
 def lower_bound(case: Case, plan: Plan, *, seconds: float = 10.0) -> float:
-    """No plan with this plan's partition takes less.
+    """No plan with this plan's partition takes less; of a case with variants, no plan has a lower mean.
 
     Args:
         case: the problem.
         plan: a plan without violations; its paths are the first columns.
         seconds: wall time after which the bound so far is returned.
     """
+    drawn = variants(case)
+    return sum(_lower_bound(each, plan, seconds=seconds / len(drawn)) for each in drawn) / len(drawn)
+
+
+def _lower_bound(case: Case, plan: Plan, *, seconds: float) -> float:
     program = _Program(case, plan)
     deadline_s = time.perf_counter() + seconds
     best = program.shortest_trip_s
@@ -74,7 +82,7 @@ def lower_bound(case: Case, plan: Plan, *, seconds: float = 10.0) -> float:
         new, gain = program.generate(duals)
         best = max(best, value - gain)
         if not new or gain <= _CLOSE * value or time.perf_counter() >= deadline_s:
-            return best
+            return best + case.closing_s
         program.columns |= dict.fromkeys(new)
 
 
@@ -90,7 +98,10 @@ class _Program:
         link = np.array(case.link_s)
         np.fill_diagonal(link, 0.0)
         self._both_ways = link + link.T
-        self._work, self._slot_share = self._shares(*self._ends(link))
+        head, tail = self._ends(link)
+        work, self._slot_share = self._shares(head, tail)
+        self._loads = np.stack([work, *self._lines(head, tail)])
+        """What one visit takes of a node's processor, and of its two lines where they are shared [loads, nodes]."""
         num_paths = sum(math.prod(len(self._stages[stage]) for stage in order) for order in self._orders)
         self._is_exact = num_paths <= MAX_PATHS
         held = self._held if self._is_exact else self._least_held
@@ -116,12 +127,13 @@ class _Program:
         rows = np.vstack([
             np.hstack([through, np.zeros((num_nodes, 1))]),
             np.hstack([held + through * self._slot_share[:, None], -slots[:, None]]),
-            np.hstack([through * self._work[:, None], -np.ones((num_nodes, 1))]),
+            *(np.hstack([through * load[:, None], -np.ones((num_nodes, 1))]) for load in self._loads),
         ])  # fmt: skip
         limits = np.concatenate([
             np.array(case.max_visits, dtype=float),
             slots * case.gap_s,
             np.full(num_nodes, case.gap_s),
+            np.zeros(num_nodes * (len(self._loads) - 1)),
         ])  # fmt: skip
         origins = self._stages[0]
         starts = np.array([case.starts(int(node)) for node in origins], dtype=float)
@@ -137,8 +149,8 @@ class _Program:
         assert result.status == 0, f"the plan's own paths are a solution: {result.message}"
         start = np.zeros(num_nodes)
         start[origins] = result.eqlin.marginals
-        visit, slot, work_dual = np.split(result.ineqlin.marginals, 3)
-        return float(result.fun), _Duals(start, visit, slot, work_dual)
+        visit, slot, *load = np.split(result.ineqlin.marginals, 2 + len(self._loads))
+        return float(result.fun), _Duals(start, visit, slot, np.stack(load))
 
     def generate(self, duals: _Duals) -> tuple[list[_Column], float]:
         """Columns that would lower the value, and at most by how much all missing columns together could."""
@@ -217,7 +229,24 @@ class _Program:
 
     def _own_price(self, duals: _Duals) -> Numbers:
         """What a visit costs at each node, apart from the time for which it holds a slot."""
-        return -duals.visit - duals.work * self._work - duals.slot * self._slot_share
+        price: Numbers = -duals.visit - (duals.load * self._loads).sum(axis=0) - duals.slot * self._slot_share
+        return price
+
+    def _lines(self, head: Numbers, tail: Numbers) -> list[Numbers]:
+        """What one visit takes of a node's uplink and downlink: two payloads each, and its part of the time before the first one
+        leaves and after the last one has come."""
+        case = self._case
+        if not case.shares_lines or case.path_length == 1:
+            return []
+        visits = self._most_visits()
+        up = 2.0 * np.array(case.uplink_s) + (head + self._forward) / visits
+        down = 2.0 * np.array(case.downlink_s) + (self._backward + tail) / visits
+        return [up, down]
+
+    def _most_visits(self) -> Numbers:
+        visits = np.array(self._case.max_visits, dtype=float)
+        visits[self._stages[0]] = [self._case.starts(int(node)) for node in self._stages[0]]
+        return visits
 
     def _shares(self, head: Numbers, tail: Numbers) -> tuple[Numbers, Numbers]:
         """What one visit takes of each node's time, rests included, and of its slots beside `held`.
@@ -227,8 +256,7 @@ class _Program:
         that and heads and tails cost is spread over the visits that there may be, since a node that nobody visits does not pay.
         """
         case, origins = self._case, self._stages[0]
-        visits = np.array(case.max_visits, dtype=float)
-        visits[origins] = [case.starts(int(node)) for node in origins]
+        visits = self._most_visits()
         work = self._forward + self._backward + 2 * case.gap_s + (head + tail) / visits
         work[origins] += self._loss[origins] + case.gap_first_s
         slots = np.array(case.slots_per_node, dtype=float)

@@ -2,8 +2,8 @@
 
 A case is a JSON file, or is made from a live swarm's records. All times are seconds per microbatch. A node works at one task at
 a time; `link_s[a][b]` is what the activations of one microbatch need from a to b when nothing else is sent. Where
-`uplink_s` and `downlink_s` are given, a node sends (receives) one microbatch after the other and each holds its line for so
-long; without them all transfers run side by side, as in the published cases (SkipPipe, arXiv 2502.19913).
+`uplink_s` and `downlink_s` are given, what a node sends (receives) at once shares its line (node/pipeline/lines.py); without
+them transfers do not slow each other down, as in the published cases (SkipPipe, arXiv 2502.19913).
 
 The rules of a path are in node/pipeline/rules.py, what a plan costs in node/pipeline/replay.py.
 """
@@ -66,9 +66,13 @@ class Case(BaseModel):
     link_s: Matrix
     """From row to column."""
     uplink_s: tuple[Seconds, ...] = ()
-    """How long one microbatch's activations hold each node's uplink; empty: lines are not shared."""
+    """What one microbatch's activations take of each node's uplink if they have it alone; empty: lines are not shared."""
     downlink_s: tuple[Seconds, ...] = ()
     """The same for the downlink."""
+    closing_s: Seconds = Field(default=0.0, ge=0.0)
+    """From the end of the last backward pass until all nodes have heard that the iteration is over."""
+    spread: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Standard deviation of the logarithm of what a transfer takes, and twice that of a pass; 0: all take exactly what is said."""
     partition: Partition | None = None
     """Nodes of each stage, where that is given and not to be planned."""
 
@@ -123,7 +127,7 @@ class Case(BaseModel):
 
     @property
     def shares_lines(self) -> bool:
-        """Whether a node's transfers wait for each other."""
+        """Whether a node's transfers slow each other down."""
         return bool(self.uplink_s)
 
     def starts(self, node: int) -> int:

@@ -1,7 +1,8 @@
 """What the links from other stage peers to this one can carry, measured in use and by small probes.
 
 Every peer measures what it receives: the goodput of the activations and gradients that come in, and, with one peer per heartbeat,
-a probe: three empty round trips and a few dozen kilobytes. It publishes both in its signed record, so both directions of
+a probe: three empty round trips and, until enough is known of the link, as much as a microbatch's activations: TCP begins
+slowly, and the goodput of less, or of more, says little of theirs. It publishes both in its signed record, so both directions of
 every link are known, each from the end that can tell. Of several transfers at once each has a part of the line, and nobody
 knows of how many the sender has; so what counts is the upper quartile of the latest measurements, not their mean.
 """
@@ -25,8 +26,9 @@ __all__ = ["PROBE_PROTOCOL", "Links", "tail_of"]
 
 PROBE_PROTOCOL = "/llm-node/probe/1"
 LEAST_BYTES, MOST_BYTES = 32 << 10, 512 << 10
-PROBED_S = 0.05
-"""A probe is as large as what the link carries in this time, within the bounds above."""
+"""Bounds of what a probe carries."""
+ENOUGH, FRESH_S = 4, 300.0
+"""From so many transfers on, probes are empty while the latest one is no older than that."""
 NUM_PINGS = 3
 MAX_REQUESTS = NUM_PINGS + 1
 TIMEOUT_S = 10.0
@@ -57,6 +59,11 @@ class _Link:
         self.round_trip_s: float | None = None
         self.bytes_per_s: deque[float] = deque(maxlen=WINDOW)
         self.probed_at_s = -float("inf")
+        self.carried_at_s = -float("inf")
+
+    def is_known(self, now_s: float) -> bool:
+        """Whether a probe need not carry anything."""
+        return len(self.bytes_per_s) >= ENOUGH and now_s - self.carried_at_s < FRESH_S
 
     @property
     def goodput(self) -> float:
@@ -66,10 +73,15 @@ class _Link:
 
 
 class Links:
-    """The links to this peer; answers others' probes from now on."""
+    """The links to this peer; answers others' probes from now on.
 
-    def __init__(self, transport: Transport) -> None:
+    Args:
+        payload_bytes: of a microbatch's activations.
+    """
+
+    def __init__(self, transport: Transport, *, payload_bytes: int) -> None:
         self._transport = transport
+        self._probe_bytes = min(max(payload_bytes, LEAST_BYTES), MOST_BYTES)
         self._links: dict[PeerId, _Link] = {}
         transport.handle(PROBE_PROTOCOL, self.serve)
 
@@ -78,6 +90,7 @@ class Links:
         link = self._links.get(peer)
         if link is not None and link.round_trip_s is not None:
             link.bytes_per_s.append(num_bytes / max(seconds, num_bytes / MAX_BYTES_PER_S))
+            link.carried_at_s = asyncio.get_running_loop().time()
 
     def notes(self) -> list[LinkNote]:
         """What the record tells: those probed last, newest first."""
@@ -111,7 +124,9 @@ class Links:
         async with await self._transport.open(peer, PROBE_PROTOCOL) as stream:
             pings = [await self._ask(stream, 0) for _ in range(NUM_PINGS)]
             link.round_trip_s = min(pings)
-            num_bytes = round(min(max(link.goodput * PROBED_S, LEAST_BYTES), MOST_BYTES))
+            if link.is_known(asyncio.get_running_loop().time()):
+                return
+            num_bytes = self._probe_bytes
             seconds = await self._ask(stream, num_bytes)
             # What is hardly longer than the round trip says only that the link is fast.
             self.note_transfer(peer, num_bytes, max(seconds - link.round_trip_s, 0.1 * seconds))

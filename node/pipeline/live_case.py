@@ -16,7 +16,7 @@ from protocol.ids import PeerId
 from protocol.manifest_sections import PipelineSpec
 from protocol.records import PeerRecord
 
-__all__ = ["MAX_MEMBERS", "live_case"]
+__all__ = ["MAX_MEMBERS", "SPREAD", "closing_s", "live_case"]
 
 MAX_MEMBERS = 512
 """Peers that one plan is for."""
@@ -26,6 +26,8 @@ LEAST_PASS_S, LEAST_BYTES_PER_S = 1e-6, 1.0
 """What lies below is taken for this: anything may stand in a record."""
 BACKWARD_MULTIPLIER = 3.0
 """A backward pass runs the forward pass again."""
+SPREAD = 0.25
+"""Of what transfers on one link take, see `Case.spread`: between real processes it was 0.26 and 0.29 (docs/LOG.md)."""
 SPARE_VISITS = 3.0
 """A peer is visited at most so many times as often as if its stage shared visits evenly: a bound of the search, not of the peer."""
 
@@ -73,9 +75,18 @@ def live_case(
         link_s=tuple(tuple(latency_s[a][b] + line_s[a][b] for b in nodes) for a in nodes),
         uplink_s=tuple(min((line_s[a][b] for b in nodes if b != a), default=0.0) for a in nodes),
         downlink_s=tuple(min((line_s[a][b] for a in nodes if a != b), default=0.0) for b in nodes),
+        closing_s=closing_s(latency_s),
+        spread=SPREAD,
         partition=partition,
     )
     return case, members
+
+
+def closing_s(latency_s: Sequence[Sequence[float]]) -> float:
+    """How long the end of an iteration takes on these one-way ways: the origin asks whether its last backward pass counts, and
+    everybody hears that it was the last (node/pipeline/iterations.py)."""
+    ways_s = [way_s for a, row in enumerate(latency_s) for b, way_s in enumerate(row) if a != b]
+    return 2.0 * median(ways_s) + max(ways_s) if ways_s else 0.0
 
 
 def _links(

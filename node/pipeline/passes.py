@@ -1,6 +1,7 @@
 """What a stage peer computes for the microbatches that visit it, between what comes in and what is sent on; and how long it takes.
 
-Every pass runs on the compute thread, one after another; node/pipeline/turnstile.py says which is next.
+Every pass runs on the compute thread, one after another; node/pipeline/turnstile.py says which is next. Decoding and counting run
+beside them.
 Shapes: B sequences, T tokens, W width.
 """
 
@@ -44,7 +45,8 @@ class Passes:
         Raises:
             ProtocolError: values that nobody honest sends.
         """
-        return await self._compute.run(self._codec.decode, payload)
+        # Beside the passes: behind one, it would come to the turnstile when that has already admitted something less urgent.
+        return await self._compute.run_beside(self._codec.decode, payload)
 
     async def forward(self, key: MicrobatchKey, inputs: Tensor) -> memoryview:
         """A visit's forward pass: what to send on.
@@ -76,7 +78,8 @@ class Passes:
         Raises:
             VisitGoneError: it is not here any more, and does not count.
         """
-        await self._compute.run(self._worker.commit, key)
+        # Beside the passes: others wait for our word, and a pass may take long.
+        await self._compute.run_beside(self._worker.commit, key)
 
     def admit(self, key: MicrobatchKey, inputs: Tensor) -> None:
         """Take over a visit whose forward pass ran elsewhere."""

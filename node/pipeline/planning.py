@@ -27,8 +27,8 @@ from node.pipeline.published import (
     plan_number,
     planners,
 )
-from node.pipeline.replay import replay
 from node.pipeline.solver import replan
+from node.pipeline.variants import NUM_VARIANTS, expected_s
 from protocol.errors import UserError
 from protocol.identity import Identity
 from protocol.ids import PeerId
@@ -87,7 +87,7 @@ class Planning:
             return  # too large to be passed on
         newest = self._book.newest
         incumbent = None if newest is None else newest.restricted(members, case)
-        tasks = 2 * case.path_length * len(members) * self._spec.microbatches
+        tasks = 2 * NUM_VARIANTS * case.path_length * len(members) * self._spec.microbatches
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         try:
@@ -107,4 +107,4 @@ class Planning:
 def search(case: Case, incumbent: Plan | None, *, seed: int, max_evaluations: int) -> tuple[Plan, float]:
     """A plan and its simulated iteration; picklable, for a process of its own."""
     plan = replan(case, incumbent, dispatch=DISPATCH, seed=seed, seconds=SEARCH_S, max_evaluations=max_evaluations)
-    return plan, replay(case, plan)[0]
+    return plan, expected_s(case, plan)

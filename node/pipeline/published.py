@@ -22,8 +22,8 @@ from node.pipeline.case import Case
 from node.pipeline.construct import construct
 from node.pipeline.live_case import MAX_MEMBERS
 from node.pipeline.plan import Dispatch, Microbatch, Plan
-from node.pipeline.replay import replay
 from node.pipeline.rules import is_order
+from node.pipeline.variants import expected_s
 from protocol.errors import ProtocolError, UserError
 from protocol.identity import SIGNATURE_BYTES, Identity, verify
 from protocol.ids import PeerId, RunId
@@ -223,4 +223,4 @@ def is_slower_than_none(document: PlanDocument, case: Case, members: Sequence[Pe
         offhand = construct(case)
     except UserError:
         return False
-    return replay(case, plan)[0] > TOLERANCE * replay(case, offhand)[0]
+    return expected_s(case, plan) > TOLERANCE * expected_s(case, offhand)

@@ -11,6 +11,8 @@
 
 #define SAME_TIME_S 1e-12
 #define NOBODY (-1)
+#define NOTHING 1e-9
+#define UNKNOWN (-1.0)
 
 enum { FORWARD, LOSS, BACKWARD };
 enum { FIFO, PRIORITY, BACKWARD_FIRST };
@@ -25,7 +27,7 @@ typedef struct {
 
 typedef struct {
     double time;
-    int32_t microbatch, index; /* a negative microbatch: node −1 − microbatch becomes free */
+    int32_t microbatch, index; /* a negative microbatch: node −1 − microbatch becomes free; ~index: a transfer begins */
 } Event;
 
 typedef struct {
@@ -64,21 +66,127 @@ static Event pop(Heap *heap) {
     return first;
 }
 
+static int32_t node_of(const Case *c, const int32_t *path, int32_t index) {
+    int32_t k = c->path_length;
+    return index < k ? path[index] : index == k ? path[0] : path[2 * k - index];
+}
+
+/* node/pipeline/lines.py. `speed` is UNKNOWN while it is being worked out. */
+typedef struct {
+    double left, speed;
+    int32_t sender, receiver, microbatch, index;
+} Transfer;
+
+typedef struct {
+    Transfer *transfers;         /* [microbatches], of which `size` are under way */
+    int32_t size, next;          /* the one that ends first, at next_s */
+    double now, next_s;
+    double *up, *down;           /* [nodes]: what is free of each line, payloads per second */
+    int32_t *num_up, *num_down;  /* [nodes]: transfers that have no speed yet */
+} Lines;
+
+static double held_s(const Case *c, int32_t sender, int32_t receiver) {
+    double up_s = c->uplink_s[sender], down_s = c->downlink_s[receiver];
+    return up_s > down_s ? up_s : down_s;
+}
+
+static void advance(Lines *lines, double now) {
+    double passed_s = now - lines->now;
+    int32_t i;
+    for (i = 0; i < lines->size; i++) lines->transfers[i].left -= lines->transfers[i].speed * passed_s;
+    lines->now = now;
+}
+
+static void share(const Case *c, Lines *lines) {
+    Transfer *all = lines->transfers, *end = all + lines->size, *each;
+    double *up = lines->up, *down = lines->down;
+    int32_t *num_up = lines->num_up, *num_down = lines->num_down, num_left = lines->size;
+    for (each = all; each < end; each++) {
+        double up_s = c->uplink_s[each->sender], down_s = c->downlink_s[each->receiver];
+        num_up[each->sender] = num_down[each->receiver] = 0;
+        up[each->sender] = up_s > 0.0 ? 1.0 / up_s : INFINITY, down[each->receiver] = down_s > 0.0 ? 1.0 / down_s : INFINITY;
+        each->speed = UNKNOWN;
+    }
+    for (each = all; each < end; each++) num_up[each->sender]++, num_down[each->receiver]++;
+    while (num_left) {
+        double least = INFINITY;
+        int32_t line = NOBODY, is_up = 1;
+        for (each = all; each < end; each++) {
+            double part;
+            if (each->speed != UNKNOWN) continue;
+            part = up[each->sender] / num_up[each->sender];
+            if (part < least) least = part, line = each->sender, is_up = 1;
+            part = down[each->receiver] / num_down[each->receiver];
+            if (part < least) least = part, line = each->receiver, is_up = 0;
+        }
+        for (each = all; each < end; each++) {
+            if (each->speed != UNKNOWN || (is_up ? each->sender : each->receiver) != line) continue;
+            each->speed = least;
+            up[each->sender] -= least, down[each->receiver] -= least;
+            num_up[each->sender]--, num_down[each->receiver]--, num_left--;
+        }
+    }
+    lines->next_s = INFINITY;
+    for (each = all; each < end; each++) {
+        double end_s = lines->now + each->left / each->speed;
+        if (end_s < lines->next_s) lines->next_s = end_s, lines->next = (int32_t)(each - all);
+    }
+}
+
+static void begin_transfer(const Case *c, Lines *lines, Heap *heap, Event event, const int32_t *path) {
+    int32_t index = ~event.index, sender = node_of(c, path, index - 1), receiver = node_of(c, path, index);
+    Transfer transfer = {1.0, UNKNOWN, sender, receiver, event.microbatch, index};
+    if (held_s(c, sender, receiver) <= 0.0) {
+        push(heap, event.time + c->link_s[(int64_t)sender * c->num_nodes + receiver], event.microbatch, index);
+        return;
+    }
+    advance(lines, event.time);
+    lines->transfers[lines->size++] = transfer;
+    share(c, lines);
+}
+
+static void end_transfers(const Case *c, Lines *lines, Heap *heap) {
+    int32_t i, kept = 0;
+    advance(lines, lines->next_s);
+    lines->transfers[lines->next].left = 0.0; /* whatever rounding says */
+    for (i = 0; i < lines->size; i++) {
+        Transfer each = lines->transfers[i];
+        if (each.left > NOTHING) {
+            lines->transfers[kept++] = each;
+        } else {
+            double way_s = c->link_s[(int64_t)each.sender * c->num_nodes + each.receiver] - held_s(c, each.sender, each.receiver);
+            push(heap, lines->now + (way_s > 0.0 ? way_s : 0.0), each.microbatch, each.index);
+        }
+    }
+    lines->size = kept;
+    share(c, lines);
+}
+
+/* Begin and end all transfers that do so before anything else happens. */
+static void carry(const Case *c, Lines *lines, Heap *heap, const int32_t *paths) {
+    for (;;) {
+        if (lines->size && (!heap->size || lines->next_s <= heap->events[0].time)) {
+            end_transfers(c, lines, heap);
+        } else if (heap->size && heap->events[0].index < 0) {
+            Event event = pop(heap);
+            begin_transfer(c, lines, heap, event, paths + (size_t)event.microbatch * c->path_length);
+        } else {
+            return;
+        }
+    }
+}
+
 /* Everything that one call needs, in one allocation. */
 typedef struct {
-    double *free_at, *up_free, *down_free; /* [nodes] */
+    double *free_at;                       /* [nodes] */
     double *arrived, *left;                /* [microbatches], [microbatches, tasks] */
     int32_t *slots, *forward, *others;     /* [nodes]; the latter two are heads of queues */
     int32_t *next, *waiting;               /* [microbatches]: the next in the queue, and which task waits */
     int32_t *touched;                      /* [nodes] */
     uint8_t *wakes, *is_touched;           /* [nodes] */
     Heap heap;
+    Lines lines;
 } State;
-
-static int32_t node_of(const Case *c, const int32_t *path, int32_t index) {
-    int32_t k = c->path_length;
-    return index < k ? path[index] : index == k ? path[0] : path[2 * k - index];
-}
 
 static int32_t kind_of(const Case *c, int32_t index) {
     return index < c->path_length ? FORWARD : index == c->path_length ? LOSS : BACKWARD;
@@ -129,18 +237,21 @@ double llm_node_replay(const Case *c, int32_t num_microbatches, const int32_t *p
     int32_t n = c->num_nodes, k = c->path_length, m = num_microbatches, tasks = 2 * k + 1, num_left = m, i, t;
     int by_arrival = dispatch == FIFO;
     double latest = 0.0, result = INFINITY;
-    size_t bytes = 3 * n * sizeof(double) + (size_t)m * (1 + tasks) * sizeof(double) + (4 * (size_t)n + 2 * m) * sizeof(int32_t) +
-                   2 * (size_t)n + ((size_t)m + n) * sizeof(Event) + 16 * 16;
+    size_t bytes = 3 * (size_t)n * sizeof(double) + (size_t)m * (1 + tasks) * sizeof(double) +
+                   (6 * (size_t)n + 2 * m) * sizeof(int32_t) + 2 * (size_t)n + ((size_t)m + n) * sizeof(Event) +
+                   (size_t)m * sizeof(Transfer) + 20 * 16;
     char *block = calloc(1, bytes), *memory = block;
     State s;
     if (!block) return NAN;
-    s.free_at = carve(&memory, n * sizeof(double)), s.up_free = carve(&memory, n * sizeof(double));
-    s.down_free = carve(&memory, n * sizeof(double)), s.arrived = carve(&memory, m * sizeof(double));
+    s.free_at = carve(&memory, n * sizeof(double)), s.arrived = carve(&memory, m * sizeof(double));
     s.left = carve(&memory, (size_t)m * tasks * sizeof(double)), s.slots = carve(&memory, n * sizeof(int32_t));
     s.forward = carve(&memory, n * sizeof(int32_t)), s.others = carve(&memory, n * sizeof(int32_t));
     s.touched = carve(&memory, n * sizeof(int32_t)), s.next = carve(&memory, m * sizeof(int32_t));
     s.waiting = carve(&memory, m * sizeof(int32_t)), s.wakes = carve(&memory, n), s.is_touched = carve(&memory, n);
     s.heap.events = carve(&memory, ((size_t)m + n) * sizeof(Event)), s.heap.size = 0;
+    s.lines.up = carve(&memory, n * sizeof(double)), s.lines.down = carve(&memory, n * sizeof(double));
+    s.lines.num_up = carve(&memory, n * sizeof(int32_t)), s.lines.num_down = carve(&memory, n * sizeof(int32_t));
+    s.lines.transfers = carve(&memory, m * sizeof(Transfer)), s.lines.size = 0, s.lines.now = 0.0;
     memcpy(s.slots, c->slots, n * sizeof(int32_t));
     for (i = 0; i < n; i++) s.forward[i] = s.others[i] = NOBODY;
     for (i = 0; i < m; i++) {
@@ -152,10 +263,13 @@ double llm_node_replay(const Case *c, int32_t num_microbatches, const int32_t *p
         }
         push(&s.heap, 0.0, i, 0);
     }
-    while (s.heap.size) {
-        double now = s.heap.events[0].time, limit = now + SAME_TIME_S;
+    for (;;) {
+        double now, limit;
         int32_t num_touched = 0;
-        while (s.heap.size && s.heap.events[0].time <= limit) { /* everything that happens now, before any node chooses */
+        if (c->uplink_s) carry(c, &s.lines, &s.heap, paths);
+        if (!s.heap.size) break;
+        now = s.heap.events[0].time, limit = now + SAME_TIME_S;
+        while (s.heap.size && s.heap.events[0].time <= limit && s.heap.events[0].index >= 0) { /* everything that happens now, before any node chooses */
             Event event = pop(&s.heap);
             int32_t node;
             if (event.microbatch < 0) {
@@ -204,16 +318,10 @@ double llm_node_replay(const Case *c, int32_t num_microbatches, const int32_t *p
                 if (end > latest) latest = end;
             } else {
                 int32_t to = node_of(c, path, index + 1);
-                double there = end + travel_of(c, path, index);
-                if (c->uplink_s && to != node) {
-                    double start = end > s.up_free[node] ? end : s.up_free[node];
-                    double earliest = s.down_free[to] + c->downlink_s[to];
-                    s.up_free[node] = start + c->uplink_s[node];
-                    there = start + travel_of(c, path, index);
-                    if (earliest > there) there = earliest;
-                    s.down_free[to] = there;
-                }
-                push(&s.heap, there, chosen, index + 1);
+                if (c->uplink_s && to != node)
+                    push(&s.heap, end, chosen, ~(index + 1));
+                else
+                    push(&s.heap, end + travel_of(c, path, index), chosen, index + 1);
             }
             if ((s.forward[node] != NOBODY || s.others[node] != NOBODY) && !s.wakes[node])
                 s.wakes[node] = 1, push(&s.heap, s.free_at[node], -1 - node, 0);

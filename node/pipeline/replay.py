@@ -2,8 +2,7 @@
 
 A microbatch runs forward along its path, its loss at its first node, then backward along the same path. A node does one task at a
 time; a forward pass takes one of its slots, which is free again when that microbatch's backward pass starts there. Activations
-and gradients travel for `link_s`, and where lines are shared a transfer also waits for the sender's uplink and the receiver's
-downlink, in the order in which transfers were asked for.
+and gradients travel for `link_s`, and longer where transfers share lines (node/pipeline/lines.py).
 
 This is the planner's innermost loop: plain tuples, and a plan that can not be finished before `cutoff_s` any more is given up.
 It agrees with the published cost model to the last digit (tests/node/pipeline), and so does its twin, node/pipeline/replay.c.
@@ -12,12 +11,13 @@ It agrees with the published cost model to the last digit (tests/node/pipeline),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import NamedTuple
 
 from node.pipeline.case import Case
+from node.pipeline.lines import Lines
 from node.pipeline.plan import Dispatch, Plan
 
 __all__ = ["BACKWARD", "FORWARD", "LOSS", "Done", "Route", "replay", "route", "run"]
@@ -65,7 +65,7 @@ def replay(case: Case, plan: Plan) -> tuple[float, list[Done]]:
     done: list[Done] = []
     routes = [route(case, each.path) for each in plan.microbatches]
     priorities = [each.priority for each in plan.microbatches]
-    return run(case, routes, priorities, dispatch=plan.dispatch, record=done), done
+    return run(case, routes, priorities, dispatch=plan.dispatch, record=done) + case.closing_s, done
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
     ends: list[float] | None = None,
     record: list[Done] | None = None,
 ) -> float:
-    """Seconds of the iteration; infinite if it never ends, or would end after `cutoff_s`.
+    """Seconds to the end of the last backward pass; infinite if it never ends, or would end after `cutoff_s`.
 
     Args:
         case: the problem.
@@ -95,14 +95,20 @@ def run(
     # Waiting tasks: forward passes apart from the others, since only they need a slot.
     forward: list[list[_Waiting]] = [[] for _ in range(num_nodes)]
     others: list[list[_Waiting]] = [[] for _ in range(num_nodes)]
-    arrive = _lines(case) if case.shares_lines else None
+    lines = Lines(case) if case.shares_lines else None
+    nodes_of = [tuple(step[0] for step in steps) for steps in routes] if lines else []
     by_arrival, others_first = dispatch == "fifo", dispatch == "backward_first"
     ends = [0.0] * len(routes) if ends is None else ends
     num_left = len(routes)
-    # (time, microbatch, index of its task); a negative microbatch means that node −1 − microbatch becomes free.
+    # (time, microbatch, index of its task); a negative microbatch means that node −1 − microbatch becomes free, a negative index
+    # that a transfer begins.
     events: list[tuple[float, int, int]] = [(0.0, number, 0) for number in range(len(routes))]
     touched: set[int] = set()
-    while events:
+    while True:
+        if lines:
+            lines.carry(events, nodes_of)
+        if not events:
+            break
         now, number, index = heappop(events)
         touched.clear()
         limit = now + _SAME_TIME_S
@@ -117,7 +123,7 @@ def run(
                 rank = priorities[number]
                 waiting = (now, rank, number, index) if by_arrival else (rank, now, number, index)
                 heappush(others[node] if kind else forward[node], waiting)
-            if not events or events[0][0] > limit:
+            if not events or events[0][0] > limit or events[0][2] < 0:
                 break
             touched.add(node)
             _, number, index = heappop(events)
@@ -148,26 +154,11 @@ def run(
                 num_left -= 1
                 ends[number] = end
             else:
-                there = end + travel if arrive is None else arrive(node, steps[index][0], end)
-                heappush(events, (there, number, index))
+                if lines and steps[index][0] != node:
+                    heappush(events, (end, number, ~index))
+                else:
+                    heappush(events, (end + travel, number, index))
             if (entering or others[node]) and not wakes[node]:
                 wakes[node] = True
                 heappush(events, (free, -1 - node, 0))
     return math.inf if num_left else max(ends, default=0.0)
-
-
-def _lines(case: Case) -> Callable[[int, int, float], float]:
-    """When a transfer that is asked for at a time has arrived, given all that were asked for before."""
-    uplink_s, downlink_s, link_s = case.uplink_s, case.downlink_s, case.link_s
-    up_free, down_free = [0.0] * case.num_nodes, [0.0] * case.num_nodes
-
-    def arrive(sender: int, receiver: int, now: float) -> float:
-        if sender == receiver:
-            return now
-        start = max(now, up_free[sender])
-        up_free[sender] = start + uplink_s[sender]
-        arrival = max(start + link_s[sender][receiver], down_free[receiver] + downlink_s[receiver])
-        down_free[receiver] = arrival
-        return arrival
-
-    return arrive

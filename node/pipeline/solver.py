@@ -20,6 +20,7 @@ from node.pipeline.improve import Annealing, improve
 from node.pipeline.plan import Dispatch, Plan
 from node.pipeline.replay import Done, replay
 from node.pipeline.rules import violations
+from node.pipeline.variants import expected_s
 from protocol.errors import UserError
 
 __all__ = ["Solution", "replan", "solve"]
@@ -85,8 +86,8 @@ def solve(case: Case, *, seconds: float, seed: int = 0, processes: int | None = 
         with ProcessPoolExecutor(number, mp_context=get_context("spawn")) as pool:
             found = list(pool.map(_search, jobs))
     solver_s = time.perf_counter() - begun_s
-    plan, _ = min(found, key=lambda each: replay(case, each[0])[0])
-    iteration_s, timeline = replay(case, plan)
+    plan, _ = min(found, key=lambda each: expected_s(case, each[0]))
+    iteration_s, timeline = expected_s(case, plan), replay(case, plan)[1]
     if iteration_s == math.inf:
         raise UserError(
             f"{case.name}: in every plan found microbatches wait for each other's slots for ever; raise slots_per_node"
@@ -126,7 +127,7 @@ def replan(
     starts = [first] if incumbent is None else [first, replace(incumbent, dispatch=dispatch)]
     share = Annealing(seconds=seconds / len(starts), seed=seed, max_evaluations=max(1, max_evaluations // len(starts)))
     found = [improve(case, start, share)[0] for start in starts]
-    return min(found, key=lambda plan: replay(case, plan)[0])
+    return min(found, key=lambda plan: expected_s(case, plan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def _search(job: _Job) -> tuple[Plan, int]:
         )
         scouts.append(found)
         num_evaluations += count
-    best = min(scouts, key=lambda each: replay(job.case, each)[0])
+    best = min(scouts, key=lambda each: expected_s(job.case, each))
     last, count = improve(
         job.case, best, Annealing(seconds=max(0.0, job.ends_at - time.time()), seed=~job.seed & 0xFFFF)
     )

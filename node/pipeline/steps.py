@@ -79,7 +79,7 @@ class PipelineSteps(InnerSteps):
         codec = codec or ActivationCodec(spec.codec, shape)
         self._stages = StageMap(num_stages=spec.stages, path_length=spec.path_length)
         self.violations: Counter[PeerId] = Counter()
-        self._links = Links(transport)
+        self._links = Links(transport, payload_bytes=codec.num_bytes)
         is_origin = trainer.stage == 0
         self._plans = PlanBook(
             manifest,

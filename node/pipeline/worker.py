@@ -8,12 +8,14 @@ be able to throw its share away, or the microbatch would count twice (node/pipel
 Every gradient is a sum over tokens; the step divides by the tokens that visited this replica, not by those of the whole
 iteration (SkipPipe's n_i), so a replica that was skipped more often learns as fast.
 
-Synchronous; called on the compute thread, but for `forget`, which the loop may call in between.
+Synchronous; called on the compute thread, but for `forget`, which the loop may call in between, and `commit`, which may run beside
+a pass: once `end_iteration` has begun, nothing is committed any more.
 Shapes: B sequences, T tokens, W width.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +64,7 @@ class StageWorker:
         self.num_tokens = 0
         """Tokens whose gradients are in the weights' gradient now."""
         self._parameters = list(stage.parameters())
+        self._counting = threading.Lock()
         self._device = self._parameters[0].device
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -106,15 +109,15 @@ class StageWorker:
         Raises:
             VisitGoneError: it is not here any more, and does not count.
         """
-        visit = self._visit(key)
-        self.forget(key)
-        with torch.no_grad():
+        with self._counting, torch.no_grad():
+            visit = self._visit(key)
+            self.forget(key)
             for gradients in (visit.gradients, visit.head_gradients):
                 for parameter, gradient in zip(self._parameters, gradients, strict=False):
                     if gradient is not None:
                         assert parameter.grad is not None
                         parameter.grad.add_(gradient)
-        self.num_tokens += visit.num_tokens
+            self.num_tokens += visit.num_tokens
 
     def forget(self, key: MicrobatchKey) -> None:
         """Drop a microbatch and what it would have added. Harmless for one that is not here."""
@@ -126,7 +129,8 @@ class StageWorker:
         Returns:
             The tokens it is the mean of; 0 if there were fewer than `least_tokens`, and then there is nothing to step with.
         """
-        self.visits.clear()
+        with self._counting:
+            self.visits.clear()
         if self.num_tokens < max(least_tokens, 1):
             self.clear()
             return 0

@@ -5,17 +5,24 @@ Every peer is a process of its own, with its own libp2p daemon and the real exec
 quarter of a megabyte, as of a much larger model; the weights are tiny, so that a few cores carry all peers, and a pass lasts a
 given time per peer, of which it works a little and sleeps the rest. Two swarms: four stages, of which a microbatch visits three,
 and six, of which it visits four. Stage 0 has three peers and every other one two (as in SkipPipe's smallest case, arXiv
-2502.19913), and what falls to whom is a lot. The same peers, lines and executor serve three methods:
+2502.19913), and what falls to whom is a lot; so there are three drawn worlds of each. The same peers, lines and executor serve four
+methods:
 
     full      every stage, by the planner's best plan
     random    a random order of the allowed stages, and a random peer of each; another plan for every iteration
     ours      the planner's best plan with stages skipped
+    live      the plan of the node's own planner (node/pipeline/planning.py), with stages skipped, out of the peers' own records:
+              the links and speeds that they have measured, in the other methods' iterations and by a probe per heartbeat
 
-    python -m tests.benchmarks.pipeline [--json] [--iterations 8] [--planning 8] [--only NAME …] [--traces FILE]
+The first three are planned with the numbers by which the swarm was built, but for the links: what a payload takes on each, after a
+pause and with everybody else silent, is measured before, and how many bytes of the lines it takes with its packets' headers.
 
-Per method `iteration_s` with its quartiles; `predicted_s`, the event simulation of the same plan with the numbers by which the
-swarm was built (nothing measured goes in), and `error`; `fair_s` and `fair_error` of a simulation in which transfers share their
-lines as TCP shares them (tests/benchmarks/pipeline_peers/fair_lines.py) and the last answers are waited for; microbatches
+    python -m tests.benchmarks.pipeline [--json] [--worlds 3] [--iterations 3] [--planning 6] [--only NAME …] [--traces FILE]
+
+Per method, each number the median over the worlds or, of what is counted, the sum: `iteration_s`, the median iteration, and in
+`worlds_s` that of each world; `quartiles_s` of all iterations over their world's median, times `iteration_s`; `predicted_s`, the
+planner's own simulation of the plan, made before, and `error`, measured over predicted less 1, in `errors` that of each
+world; `bound_s`, below which no plan is by that simulation; `less_than_full`, and of each world `less_per_world`; microbatches
 `returned` and `lost`, bytes on the lines, processor time as a share of all cores, and `overruns`, the share of passes whose work
 took longer than the given time. Trust the times only where these are rare: elsewhere other programs had the cores.
 """
@@ -29,18 +36,24 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from node.pipeline.bounds import lower_bound
 from node.pipeline.case import Case
+from node.pipeline.live_case import live_case
 from node.pipeline.plan import Plan
+from node.pipeline.planning import MAX_EVALUATIONS, search
 from node.pipeline.replay import replay
 from node.pipeline.solver import replan, solve
-from tests.benchmarks.pipeline_peers.fair_lines import replay_fairly
+from node.pipeline.variants import expected_s
+from protocol.ids import PeerId
+from protocol.manifest_sections import PipelineSpec
+from protocol.records import PeerRecord
 from tests.benchmarks.pipeline_peers.world import (
     BACKWARD_MULTIPLIER,
     LOSS_MULTIPLIER,
@@ -57,7 +70,7 @@ __all__ = ["main"]
 SWARMS = {"25 %": ((3, 2, 2, 2), 3), "33 %": ((3, 2, 2, 2, 2, 2), 4)}
 """By the share of stages that is skipped: peers of each stage, and stages that a microbatch visits."""
 SLOTS, MICROBATCHES = 3, 6
-METHODS = ("full", "random", "ours")
+METHODS = ("full", "random", "ours", "live")
 WARM_UP = 1
 """Iterations that are not counted: connections begin slowly."""
 SETTINGS: dict[str, Any] = {
@@ -69,7 +82,29 @@ SETTINGS: dict[str, Any] = {
     "pipeline__slots": SLOTS,
     "pipeline__microbatches": MICROBATCHES,
 }
+PROBES = 2
+"""Payloads per link before all methods."""
+BOUND_S = 2.0
+"""Most time for a bound."""
 PAYLOAD_BYTES = 4 * 16 * 64 * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One plan for all iterations, or one for each.
+
+    Args:
+        peers: the number of each of the case's nodes among the world's peers.
+    """
+
+    case: Case
+    plans: list[Plan]
+    peers: Sequence[int]
+
+    def predicted_s(self) -> float:
+        """By the planner's simulation, of the iterations that are counted."""
+        counted = self.plans if len(self.plans) == 1 else self.plans[WARM_UP:]
+        return statistics.median(expected_s(self.case, plan) for plan in counted)
 
 
 class Swarm:
@@ -102,6 +137,7 @@ class Swarm:
             ],
         )
         assert {answer["payload_bytes"] for answer in told} == {PAYLOAD_BYTES}
+        self.probe()
 
     def _start(self, folder: Path, stack: ExitStack) -> Pair:
         arguments = [(str(folder / str(index)), host) for index, host in enumerate(self.lines.hosts)]
@@ -110,32 +146,56 @@ class Swarm:
         prefixes = [self.lines.inside(index) for index in range(len(arguments))]
         return stack.enter_context(running("pipeline_peers.peer", arguments, prefixes=prefixes))
 
-    def probe(self, times: int) -> list[list[list[float]]]:
-        """Round trip and payload time from each peer to each other, measured with everybody else silent."""
-        found = []
-        for peer in range(len(self.peers)):
-            options = [
-                {"peers": self.peers if other == peer else [], "times": times} for other in range(len(self.peers))
-            ]
-            answer = self._pair.ask_each("probe", options)[peer]["found"]
-            found.append([answer.get(other, [0.0, 0.0]) for other in self.peers])
-        return found
+    def probe(self) -> None:
+        """Measure every link, each line with one payload at a time in each direction."""
+        count = len(self.peers)
+        self.link_s = [[0.0] * count for _ in range(count)]
+        before_bytes = self.sent_bytes()
+        for shift in range(1, count):
+            receivers = [(peer + shift) % count for peer in range(count)]
+            options = [{"peer": self.peers[receiver], "times": PROBES} for receiver in receivers]
+            for sender, answer in enumerate(self._pair.ask_each("probe", options)):
+                self.link_s[sender][receivers[sender]] = answer["link_s"]
+        self.wire_bytes = (self.sent_bytes() - before_bytes) / (PROBES * count * (count - 1))
 
-    def run(self, plans: Sequence[Plan], iterations: int) -> tuple[list[float], list[Json]]:
+    def sent_bytes(self) -> int:
+        """By all peers, headers included."""
+        return sum(self.lines.sent_bytes(index) for index in range(len(self.peers)))
+
+    def run(self, planned: Planned, iterations: int) -> tuple[list[float], list[Json]]:
         """Seconds of each iteration, and what every peer tells of them."""
+        names = [self.peers[peer] for peer in planned.peers]
         options = [
-            {"iterations": iterations, "plans": [self._own(plan, peer) for plan in plans]}
-            for peer in range(len(self.peers))
+            {"iterations": iterations, "plans": [_own(plan, names, peer) for plan in planned.plans]}
+            for peer in self.peers
         ]
         told = self._pair.ask_each("train", options)
         ends_s = [max(answer["ends_s"][number] for answer in told) for number in range(iterations)]
         return [after - before for before, after in pairwise(ends_s)][WARM_UP - 1 :], told
 
-    def _own(self, plan: Plan, peer: int) -> list[tuple[list[str], int]]:
-        """A peer's microbatches in a plan, and their ranks among all."""
-        ranked = sorted(plan.microbatches, key=lambda each: each.priority)
-        own = [(each, rank) for rank, each in enumerate(ranked) if each.path[0] == peer]
-        return [([self.peers[node] for node in each.path], rank) for each, rank in own]
+    def live_plan(self, path_length: int) -> Planned:
+        """What a planner among them would make of their records."""
+        told = zip(self.peers, self._pair.ask("record"), strict=True)
+        records = {PeerId(peer): PeerRecord.model_validate(record) for peer, record in told}
+        world = self.world
+        spec = PipelineSpec(
+            stages=world.num_stages,
+            skip_ratio=1.0 - path_length / world.num_stages,
+            slots=world.slots,
+            microbatches=world.microbatches,
+        )
+        problem = live_case(records, spec=spec, payload_bytes=PAYLOAD_BYTES)
+        assert problem is not None, "all stages are held"
+        case, members = problem
+        plan, _ = search(case, None, seed=1, max_evaluations=MAX_EVALUATIONS)
+        return Planned(case, [plan], [self.peers.index(peer) for peer in members])
+
+
+def _own(plan: Plan, names: Sequence[str], peer: str) -> list[tuple[list[str], int]]:
+    """A peer's microbatches in a plan whose nodes are called so, and their ranks among all."""
+    ranked = sorted(plan.microbatches, key=lambda each: each.priority)
+    paths = [[names[node] for node in each.path] for each in ranked]
+    return [(path, rank) for rank, path in enumerate(paths) if path[0] == peer]
 
 
 def _durations_s(forward_s: float) -> dict[str, float]:
@@ -152,51 +212,80 @@ def plan_for(case: Case, *, seconds: float) -> Plan:
     return replan(case, first, dispatch="backward_first", seed=0, seconds=0.4 * seconds, max_evaluations=sys.maxsize)
 
 
-def plans_for(
-    method: str, world: World, path_length: int, *, seconds: float, iterations: int
-) -> tuple[Case, list[Plan]]:
-    """One plan for all iterations, or one for each."""
-    case = world.case(world.num_stages if method == "full" else path_length, PAYLOAD_BYTES)
-    if method != "random":
-        return case, [plan_for(case, seconds=seconds)]
-    # A plan that could stop for ever, since microbatches wait for each other's slots, is no method at all.
-    drawn = (random_plan(case, seed=seed) for seed in range(1000))
-    finite = (plan for plan in drawn if replay(case, plan)[0] < float("inf"))
-    return case, [next(finite) for _ in range(iterations)]
+def plans_for(method: str, swarm: Swarm, path_length: int, *, seconds: float, iterations: int) -> Planned:
+    """What a method goes by."""
+    if method == "live":
+        return swarm.live_plan(path_length)
+    world = swarm.world
+    case = world.case(world.num_stages if method == "full" else path_length, swarm.wire_bytes, swarm.link_s)
+    if method == "random":
+        # A plan that could stop for ever, since microbatches wait for each other's slots, is no method at all.
+        drawn = (random_plan(case, seed=seed) for seed in range(1000))
+        finite = (plan for plan in drawn if replay(case, plan)[0] < float("inf"))
+        plans = [next(finite) for _ in range(iterations)]
+    else:
+        plans = [plan_for(case, seconds=seconds)]
+    return Planned(case, plans, range(case.num_nodes))
 
 
-def measure(swarm: Swarm, method: str, path_length: int, options: argparse.Namespace) -> tuple[Json, list[Json]]:
-    """One method."""
+def measure(swarm: Swarm, method: str, path_length: int, options: argparse.Namespace) -> tuple[Json, Json]:
+    """One method in one world: what was measured, and its trace."""
     iterations = options.iterations + WARM_UP
-    case, plans = plans_for(method, swarm.world, path_length, seconds=options.planning, iterations=iterations)
-    counted = plans if len(plans) == 1 else plans[WARM_UP:]
-    expected_s = statistics.median(replay(case, plan)[0] for plan in counted)
-    fair_s = statistics.median(replay_fairly(case, plan) for plan in counted)
-    hosts = range(len(swarm.peers))
-    before_bytes = sum(swarm.lines.sent_bytes(index) for index in hosts)
-    seconds, told = swarm.run(plans, iterations)
-    sent_bytes = sum(swarm.lines.sent_bytes(index) for index in hosts) - before_bytes
-    quartiles = statistics.quantiles(seconds, n=4)
-    passes = [each for answer in told for each in answer["passes"]]
-    middle = statistics.median(seconds)
-    wall_s = max(answer["ends_s"][-1] for answer in told) - min(p[1] for p in passes)
+    planned = plans_for(method, swarm, path_length, seconds=options.planning, iterations=iterations)
+    before_bytes = swarm.sent_bytes()
+    seconds, told = swarm.run(planned, iterations)
+    sent_bytes = swarm.sent_bytes() - before_bytes
+    wall_s = max(answer["ends_s"][-1] for answer in told) - min(each[1] for answer in told for each in answer["passes"])
+    case, plans = planned.case, planned.plans
     return {
-        "iteration_s": round(middle, 3),
-        "quartiles_s": [round(quartiles[0], 3), round(quartiles[2], 3)],
-        "predicted_s": round(expected_s, 3),
-        "error": round(middle / expected_s - 1.0, 3),
-        "fair_s": round(fair_s, 3),
-        "fair_error": round(middle / fair_s - 1.0, 3),
-        "iterations": len(seconds),
+        "seconds": seconds,
+        "predicted_s": planned.predicted_s(),
+        "bound_s": lower_bound(case, plans[0], seconds=BOUND_S) if method != "random" else None,
         "returned": sum(sum(answer["returned"]) for answer in told),
         "lost": sum(sum(answer["lost"]) for answer in told),
         "incomplete": sum(not each for answer in told for each in answer["complete"]),
-        "MB_per_iteration": round(sent_bytes / iterations / 1e6, 1),
-        "processors_busy": round(sum(answer["cpu_s"] for answer in told) / wall_s / (os.cpu_count() or 1), 3),
-        "overruns": round(_overruns(swarm.world, told), 4),
-        "failures": dict(sum((Counter(answer["failures"]) for answer in told), Counter())),
-        "load": round(os.getloadavg()[0], 1),
-    }, [{"case": case.model_dump(mode="json"), "plans": [plan.to_json() for plan in plans], "told": told}]
+        "failed_hops": sum(sum(answer["failures"].values()) for answer in told),
+        "MB_per_iteration": sent_bytes / iterations / 1e6,
+        "processors_busy": sum(answer["cpu_s"] for answer in told) / wall_s / (os.cpu_count() or 1),
+        "overruns": _overruns(swarm.world, told),
+        "load": os.getloadavg()[0],
+    }, {"case": case.model_dump(mode="json"), "plans": [plan.to_json() for plan in plans], "told": told}
+
+
+def merged(worlds: Sequence[Json], full: Sequence[Json]) -> Json:
+    """One method in all worlds, beside the full pipeline in the same ones, if that was measured."""
+    middles = [statistics.median(world["seconds"]) for world in worlds]
+    relative = [each / middle for world, middle in zip(worlds, middles, strict=True) for each in world["seconds"]]
+    low, _, high = statistics.quantiles(relative, n=4)
+    middle = statistics.median(middles)
+    errors = [middle / world["predicted_s"] - 1.0 for world, middle in zip(worlds, middles, strict=True)]
+    less = [
+        1.0 - middle / statistics.median(each["seconds"])
+        for each, middle in zip(full, middles if full else [], strict=True)
+    ]
+
+    def median(field: str, digits: int) -> float:
+        return round(float(statistics.median(world[field] for world in worlds)), digits)
+
+    found: Json = {
+        "iteration_s": round(middle, 3),
+        "quartiles_s": [round(low * middle, 3), round(high * middle, 3)],
+        "worlds_s": [round(each, 3) for each in middles],
+        "predicted_s": median("predicted_s", 3),
+        "error": round(statistics.median(errors), 3),
+        "errors": [round(each, 3) for each in errors],
+        "bound_s": median("bound_s", 3) if worlds[0]["bound_s"] is not None else None,
+        "iterations": sum(len(world["seconds"]) for world in worlds),
+    }
+    found |= {name: sum(world[name] for world in worlds) for name in ("returned", "lost", "incomplete", "failed_hops")}
+    found |= {"MB_per_iteration": median("MB_per_iteration", 1), "processors_busy": median("processors_busy", 3)}
+    found |= {"overruns": round(statistics.mean(world["overruns"] for world in worlds), 4), "load": median("load", 1)}
+    if less:
+        found |= {
+            "less_than_full": round(statistics.median(less), 3),
+            "less_per_world": [round(each, 3) for each in less],
+        }
+    return found
 
 
 def _overruns(world: World, told: Sequence[Json]) -> float:
@@ -217,15 +306,30 @@ def _end(*_: object) -> None:
     sys.exit("pipeline: ended by a signal")
 
 
+def _measure_world(name: str, methods: Sequence[str], seed: int, options: argparse.Namespace) -> dict[str, Json]:
+    """All methods in one drawn world."""
+    sizes, path_length = SWARMS[name]
+    world = draw_world(sizes, slots=SLOTS, microbatches=MICROBATCHES, seed=seed)
+    found: dict[str, Json] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipe-")))
+        swarm = Swarm(world, folder, stack)
+        for method in methods:
+            found[method], trace = measure(swarm, method, path_length, options)
+            print(name, seed, method, json.dumps(merged([found[method]], [])), flush=True)
+            if options.traces:
+                Path(f"{options.traces}.{name[:2]}.{seed}.{method}.json").write_text(json.dumps(trace))
+    return found
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--iterations", type=int, default=8, help="counted ones, per method")
-    parser.add_argument("--planning", type=float, default=8.0, help="seconds per plan")
+    parser.add_argument("--worlds", type=int, default=3, help="drawn ones, of each size")
+    parser.add_argument("--iterations", type=int, default=3, help="counted ones, per method and world")
+    parser.add_argument("--planning", type=float, default=6.0, help="seconds per plan")
     parser.add_argument("--only", choices=[*SWARMS, *METHODS], nargs="+", default=[*SWARMS, *METHODS])
-    parser.add_argument("--seed", type=int, default=0, help="of the lot")
-    parser.add_argument("--probe", action="store_true", help="measure all links, too")
     parser.add_argument("--traces", type=Path, help="takes every pass of every peer")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -236,24 +340,11 @@ def main() -> None:
     methods = [name for name in METHODS if name in options.only] or list(METHODS)
     results: dict[str, Json] = {}
     for name in swarms:
-        sizes, path_length = SWARMS[name]
-        world = draw_world(sizes, slots=SLOTS, microbatches=MICROBATCHES, seed=options.seed)
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipe-")))
-            swarm = Swarm(world, folder, stack)
-            if options.probe:
-                print(json.dumps(swarm.probe(3)))
-            found = results[name] = {}
-            for method in methods:
-                found[method], trace = measure(swarm, method, path_length, options)
-                print(name, method, json.dumps(found[method]), flush=True)
-                if options.traces:
-                    Path(f"{options.traces}.{name[:2]}.{method}.json").write_text(json.dumps(trace))
-        if "full" in found:
-            for method in set(methods) - {"full"}:
-                found[method]["less_than_full"] = round(
-                    1.0 - found[method]["iteration_s"] / found["full"]["iteration_s"], 3
-                )
+        worlds = [_measure_world(name, methods, seed, options) for seed in range(options.worlds)]
+        full = [world["full"] for world in worlds if "full" in world]
+        results[name] = {
+            method: merged([world[method] for world in worlds], full if method != "full" else []) for method in methods
+        }
     if options.json:
         print(json.dumps(results))
 

@@ -291,9 +291,8 @@ def _pipeline(result: Mapping[str, Any]) -> Iterator[Picture]:
         rows: list[Row] = []
         for name, method in methods.items():
             if (seconds := middle(pick(method, "iteration_s"))) is not None:
-                rows.append((name, seconds, pick(method, "quartiles_s") or [], name == "ours"))
-                for field, label in (("predicted_s", "predicted"), ("fair_s", "fair lines")):
-                    rows.append((f"{name}, {label}", pick(method, field) or 0.0, [], False))
+                rows.append((name, seconds, pick(method, "quartiles_s") or [], name in ("ours", "live")))
+                rows.append((f"{name}, predicted", pick(method, "predicted_s") or 0.0, [], False))
         panels.append(Bars(f"{skipped} of the stages skipped", "seconds per iteration, dots: quartiles", rows))
     yield Picture("pipeline", "Seconds per iteration between real processes, measured and predicted", panels)
 

@@ -123,3 +123,20 @@ def test_what_runs_aside_does_not_outlive_a_killed_peer() -> None:
         assert process.stdout.readline() == b"begun\n"
         process.send_signal(signal.SIGKILL)
         assert process.communicate(timeout=30) == (b"", b""), "whoever lives still holds the pipes"
+
+
+async def test_what_runs_beside_does_not_wait_for_the_call_in_progress() -> None:
+    compute = ThreadCompute()
+    may_end, has_begun = threading.Event(), threading.Event()
+
+    def long() -> None:
+        has_begun.set()
+        assert may_end.wait(10.0)
+
+    running = asyncio.create_task(compute.run(long))
+    await asyncio.to_thread(has_begun.wait)
+    assert await compute.run_beside(lambda: 7) == 7
+    assert not running.done()
+    may_end.set()
+    await running
+    compute.close()

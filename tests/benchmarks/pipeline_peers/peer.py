@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import statistics
 import sys
 import time
 from collections import Counter
@@ -24,14 +23,18 @@ from node.compute import ThreadCompute
 from node.pipeline.activations import ActivationCodec
 from node.pipeline.handover import StageTerms
 from node.pipeline.iterations import Iterations, Way
+from node.pipeline.links import Links
+from node.pipeline.replay import BACKWARD, FORWARD, LOSS
 from node.pipeline.routing import Replica, StageMap
 from node.pipeline.server import StageServer
 from node.pipeline.trainer import StageTrainer
+from node.service import HEARTBEAT_S
 from protocol.errors import StreamClosedError, TransportError
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.libp2p import Libp2pTransport
 from protocol.manifest import Manifest
+from protocol.records import PeerRecord
 from protocol.transport import Stream
 from protocol.wire import read_bulk, write_bulk
 from tests.benchmarks.sync_peers.driver import Json, read_command, reply
@@ -44,7 +47,8 @@ T = TypeVar("T")
 PROBE = "/llm-node/benchmark-probe/1"
 HOP_TIMEOUT_S = 60.0
 ITERATION_TIMEOUT_S = 60.0
-WARM_PROBES = 2
+PAUSE_S = 0.6
+"""Between two payloads on a link, as in an iteration: TCP begins slowly again."""
 MEETING_TRIES = 60
 
 
@@ -121,11 +125,13 @@ class Peer:
         shape = (spec.microbatch_sequences, inner.sequence_tokens, run.model.hidden_size)
         codec = ActivationCodec(spec.codec, shape)
         trainer = StageTrainer(run, stage=stage)
+        self._stage, self._run = stage, run.run_id
         self._compute = PaddedCompute(durations_s)
         stages = StageMap(num_stages=spec.stages, path_length=spec.path_length)
         stages.update({PeerId(peer): Replica(stage=held) for peer, held in holders.items()})
         self._failures: Counter[str] = Counter()
-        server = StageServer(
+        self._links = Links(self._transport, payload_bytes=codec.num_bytes)
+        self._server = server = StageServer(
             StageTerms(
                 run=run.run_id,
                 peer=self._me,
@@ -140,8 +146,10 @@ class Peer:
             codec=codec,
             router=stages,
             violations=Counter(),
+            links=self._links,
             on_failure=lambda task, reason: self._failures.update([f"{task.kind}: {reason}"]),
         )
+        self._stages = stages
         self._iterations = Iterations(
             peer=self._me,
             server=server,
@@ -171,12 +179,14 @@ class Peer:
         self._failures.clear()
         cpu_s, sent_bytes = _cpu_s(), self._transport.traffic.sent_bytes
         ends, returned, lost, complete = [], [], [], []
+        measuring = asyncio.create_task(self._measure_links())
         for _ in range(iterations):
             stats = await self._iterations.run(self._batches)
             ends.append(time.monotonic())
             returned.append(stats.returned)
             lost.append(stats.lost)
             complete.append(stats.is_complete)
+        measuring.cancel()
         return {
             "ends_s": ends,
             "returned": returned,
@@ -188,18 +198,44 @@ class Peer:
             "bytes": self._transport.traffic.sent_bytes - sent_bytes,
         }
 
+    # ---- what a live peer measures, and tells
+
+    async def _measure_links(self) -> None:
+        """One link per heartbeat, as in node/pipeline/steps.py."""
+        while True:
+            await self._links.probe_next(self._stages.everybody)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def record(self) -> Json:
+        """Our record, as far as a planner reads it."""
+        pace = self._server.pace
+        record = PeerRecord(
+            run=self._run,
+            peer=self._me,
+            sequence=1,
+            role="trainer",
+            state="training",
+            started_at_s=0.0,
+            sent_at_s=0.0,
+            stage=self._stage,
+            forward_s=pace.get(FORWARD, 0.0),
+            backward_s=pace.get(BACKWARD, 0.0),
+            loss_s=pace.get(LOSS, 0.0),
+            links=self._links.notes(),
+        )
+        return record.model_dump(mode="json")
+
     # ---- the links alone
 
-    async def probe(self, peers: list[str], times: int) -> Json:
-        """Seconds for one microbatch's payload to each of the others, one after the other, the way back of one byte taken off."""
-        found = {}
-        for peer in peers:
-            if peer != self._me:
-                tries = [await self._probe(PeerId(peer)) for _ in range(times + WARM_PROBES)][WARM_PROBES:]
-                found[peer] = [statistics.median(each) for each in zip(*tries, strict=True)]
-        return {"found": found}
+    async def probe(self, peer: str, times: int) -> Json:
+        """Seconds for one microbatch's payload to another one, after a pause each, one byte's way back taken off."""
+        tries = []
+        for _ in range(times):
+            await asyncio.sleep(PAUSE_S)
+            tries.append(await self._probe(PeerId(peer)))
+        return {"link_s": min(tries)}
 
-    async def _probe(self, peer: PeerId) -> tuple[float, float]:
+    async def _probe(self, peer: PeerId) -> float:
         begun_s = time.monotonic()
         async with await self._transport.open(peer, PROBE) as stream:
             await stream.write(b"p")
@@ -208,7 +244,7 @@ class Peer:
             begun_s = time.monotonic()
             await write_bulk(stream, self._payload)
             await stream.read_exactly(1)
-            return round_trip_s, time.monotonic() - begun_s - round_trip_s / 2
+            return time.monotonic() - begun_s - round_trip_s / 2
 
     async def _serve_probe(self, stream: Stream) -> None:
         with contextlib.suppress(StreamClosedError):  # opened to see whether we are there

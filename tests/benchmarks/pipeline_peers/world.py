@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from node.pipeline.case import Case
+from node.pipeline.live_case import SPREAD, closing_s
 from node.pipeline.plan import Microbatch, Plan
 from node.pipeline.rules import orders
 
@@ -57,8 +58,13 @@ class World:
             [0.0 if a == b else REGIONS_S[x][y] for b, y in enumerate(self.regions)] for a, x in enumerate(self.regions)
         ]
 
-    def case(self, path_length: int, payload_bytes: int) -> Case:
-        """What a planner is told: the numbers by which the swarm was built, nothing that was measured."""
+    def case(self, path_length: int, payload_bytes: float, link_s: Sequence[Sequence[float]]) -> Case:
+        """What a planner is told: the numbers by which the swarm was built.
+
+        Args:
+            payload_bytes: of a microbatch's activations, packets' headers included.
+            link_s: what they take from row to column while nothing else is sent: latency, line, and TCP's slow start.
+        """
         bits, rates, peers = 8 * payload_bytes, self.rates_bits_per_s, range(len(self.stages))
         latency_s = self.latency_s
         total = self.microbatches * self.stages.count(0)
@@ -73,11 +79,11 @@ class World:
             forward_s=self.forward_s,
             backward_multiplier=BACKWARD_MULTIPLIER,
             loss_multiplier=LOSS_MULTIPLIER,
-            link_s=tuple(
-                tuple(0.0 if a == b else latency_s[a][b] + bits / min(rates[a], rates[b]) for b in peers) for a in peers
-            ),
+            link_s=tuple(map(tuple, link_s)),
             uplink_s=tuple(bits / rate for rate in rates),
             downlink_s=tuple(bits / rate for rate in rates),
+            closing_s=closing_s(latency_s),
+            spread=SPREAD,
             partition=tuple(
                 tuple(peer for peer in peers if self.stages[peer] == stage) for stage in range(self.num_stages)
             ),

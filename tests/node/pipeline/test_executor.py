@@ -71,6 +71,26 @@ def test_stages_may_be_skipped_and_change_places(stages: tuple[int, ...]) -> Non
     run_virtual(story())
 
 
+def test_what_others_wait_for_is_not_behind_a_pass() -> None:
+    """A gradient is at the turnstile before the pass in progress ends; who is asked whether one counts answers at once."""
+    beside = set()
+
+    async def story() -> None:
+        async with Pipeline(2) as pipeline:
+            for each in pipeline.peers:
+
+                async def run(function: Any, *args: Any, compute: Any = each.compute) -> Any:
+                    beside.add((compute, function.__name__))
+                    return await compute.run(function, *args)
+
+                each.compute.run_beside = run  # type: ignore[method-assign]
+            await train_all(pipeline, [pipeline.path(0, 1)] * 2)
+            computes = [each.compute for each in pipeline.peers]
+            assert beside == {(compute, name) for compute in computes for name in ("decode", "commit")}
+
+    run_virtual(story())
+
+
 def test_each_hop_takes_one_way_and_the_last_answer_a_round_trip() -> None:
     """Nobody asks before activations or gradients are on their way."""
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from node.pipeline.links import MOST_BYTES, PROBE_PROTOCOL, Links, Probe, tail_of
+from node.pipeline.links import ENOUGH, FRESH_S, MOST_BYTES, PROBE_PROTOCOL, Links, Probe, tail_of
 from protocol.errors import LlmNodeError
 from protocol.memory import LinkSpec, MemoryNetwork, MemoryTransport
 from protocol.records import MAX_LINKS
@@ -15,6 +15,7 @@ from protocol.wire import write_frame, write_message
 from tests.node.pipeline.records import peer_id
 
 SLOW, FAST = LinkSpec(latency_s=0.05, bytes_per_s=1e6), LinkSpec(latency_s=0.002, bytes_per_s=2e7)
+PAYLOAD_BYTES = 100_000
 
 
 def test_a_probe_finds_latency_and_goodput_of_each_link() -> None:
@@ -27,9 +28,9 @@ def test_a_probe_finds_latency_and_goodput_of_each_link() -> None:
             MemoryTransport(network, peer_id(1)) as slow,
             MemoryTransport(network, peer_id(2)) as fast,
         ):
-            links = Links(own)
+            links = Links(own, payload_bytes=PAYLOAD_BYTES)
             for transport in (slow, fast):
-                Links(transport)
+                Links(transport, payload_bytes=PAYLOAD_BYTES)
             for _ in range(4):  # two each
                 await links.probe_next([own.peer_id, slow.peer_id, fast.peer_id])
                 await asyncio.sleep(1.0)
@@ -47,8 +48,8 @@ def test_what_comes_in_counts_and_who_is_gone_is_forgotten() -> None:
     async def story() -> None:
         network = MemoryNetwork(link=SLOW)
         async with MemoryTransport(network, peer_id(0)) as own, MemoryTransport(network, peer_id(1)) as other:
-            links = Links(own)
-            Links(other)
+            links = Links(own, payload_bytes=PAYLOAD_BYTES)
+            Links(other, payload_bytes=PAYLOAD_BYTES)
             links.note_transfer(other.peer_id, 1000, 1.0)  # nothing is known of the round trip yet
             assert links.notes() == []
             await links.probe_next([other.peer_id])
@@ -61,12 +62,31 @@ def test_what_comes_in_counts_and_who_is_gone_is_forgotten() -> None:
     run_virtual(story())
 
 
+def test_probes_carry_as_much_as_a_payload_until_the_link_is_known() -> None:
+    async def story() -> None:
+        network = MemoryNetwork(link=SLOW)
+        async with MemoryTransport(network, peer_id(0)) as own, MemoryTransport(network, peer_id(1)) as other:
+            links = Links(own, payload_bytes=PAYLOAD_BYTES)
+            Links(other, payload_bytes=PAYLOAD_BYTES)
+            sent = []
+            for pause_s in (1.0,) * 6 + (FRESH_S, 1.0):
+                before = other.traffic.sent_bytes
+                await links.probe_next([other.peer_id])
+                sent.append(other.traffic.sent_bytes - before)
+                await asyncio.sleep(pause_s)
+        carried = [num_bytes >= PAYLOAD_BYTES for num_bytes in sent]
+        assert carried == [True] * ENOUGH + [False] * 3 + [True]
+        assert max(sent) < PAYLOAD_BYTES + 1000
+
+    run_virtual(story())
+
+
 def test_a_peer_that_answers_nothing_costs_a_turn_and_no_more() -> None:
     async def story() -> None:
         network = MemoryNetwork(link=FAST)
         async with MemoryTransport(network, peer_id(0)) as own, MemoryTransport(network, peer_id(1)) as other:
-            links = Links(own)
-            Links(other)
+            links = Links(own, payload_bytes=PAYLOAD_BYTES)
+            Links(other, payload_bytes=PAYLOAD_BYTES)
             for _ in range(2):
                 await links.probe_next([peer_id(9), other.peer_id])  # nobody has the first one's address
             assert [note.peer for note in links.notes()] == [tail_of(other.peer_id)]
@@ -79,7 +99,7 @@ def test_nobody_gets_more_than_a_probe_may_ask_for(num_bytes: int) -> None:
     async def story() -> None:
         network = MemoryNetwork(link=FAST)
         async with MemoryTransport(network, peer_id(0)) as own, MemoryTransport(network, peer_id(1)) as other:
-            Links(own)
+            Links(own, payload_bytes=PAYLOAD_BYTES)
             async with await other.open(own.peer_id, PROBE_PROTOCOL) as stream:
                 await write_message(stream, Probe.model_construct(num_bytes=num_bytes))
                 with pytest.raises(LlmNodeError):
@@ -97,11 +117,11 @@ def test_a_record_holds_so_many_links_at_most() -> None:
     async def story() -> None:
         network = MemoryNetwork(link=FAST)
         async with MemoryTransport(network, peer_id(0)) as own:
-            links = Links(own)
+            links = Links(own, payload_bytes=PAYLOAD_BYTES)
             others = [MemoryTransport(network, peer_id(number)) for number in range(1, MAX_LINKS + 4)]
             for transport in others:
                 await transport.__aenter__()
-                Links(transport)
+                Links(transport, payload_bytes=PAYLOAD_BYTES)
             for _ in others:
                 await links.probe_next([transport.peer_id for transport in others])
             assert len(links.notes()) == MAX_LINKS

@@ -51,15 +51,42 @@ def test_with_one_slot_the_second_waits_for_the_firsts_last_backward() -> None:
     )  # its slot is free when that begins, its processor when it ends
 
 
-def test_shared_lines_carry_one_transfer_after_the_other() -> None:
+def starts(case: Case, plan: Plan) -> dict[tuple[int, int], float]:
+    """When each microbatch's forward pass begins at each node."""
+    return {(task.microbatch, task.node): task.start_s for task in reversed(replay(case, plan)[1])}
+
+
+def test_transfers_share_the_line_that_they_both_need() -> None:
     case, plan = two_nodes(2, slots_per_node=2, rounds=1)
     alone_s = replay(case, plan)[0]
     shared = case.model_copy(update={"uplink_s": (2.5, 0.1), "downlink_s": (0.1, 0.1)})
-    tasks = {(task.microbatch, task.node): task.start_s for task in reversed(replay(shared, plan)[1])}
-    # The second leaves node 0 at 2, but its line is free at 1 + 2.5 only.
-    assert tasks[1, 1] == pytest.approx(3.5 + 3.0)
+    tasks = starts(shared, plan)
+    # One leaves at 1, the other at 2, when 1.5 are left of the first. Sharing the line, that takes until 5, and the way 0.5 more.
+    # The second has the line to itself then, is there at 6.5, and waits for node 1, which is busy until 7.5.
+    assert tasks[0, 1] == pytest.approx(1 + 1 + 2 * 1.5 + 0.5)
+    assert tasks[1, 1] == pytest.approx(5.5 + 2)
     wide = case.model_copy(update={"uplink_s": (0.0, 0.0), "downlink_s": (0.0, 0.0)})
     assert replay(wide, plan)[0] == alone_s
+
+
+def test_a_transfer_leaves_to_others_what_it_can_not_use() -> None:
+    """Both leave node 0 at once; the downlink of node 1 passes a quarter of its uplink, so node 2 gets three."""
+    document = LINE | {
+        "num_nodes": 4,
+        "stage_sizes": [2, 2],
+        "slots_per_node": 2,
+        "rounds": 1,
+        "forward_s": [1e-9, 5.0, 1.0, 1.0],
+        "link_s": [[0.0, 5.0, 4.0, 4.0]] + [[4.0] * 4] * 3,
+        "uplink_s": [1.0, 1.0, 1.0, 1.0],
+        "downlink_s": [1.0, 1.0, 4.0, 1.0],
+        "partition": [[0, 1], [2, 3]],
+    }
+    case = Case.model_validate(document)
+    paths = ((0, 2), (0, 3), (1, 2), (1, 3))
+    tasks = starts(case, Plan(partition=((0, 1), (2, 3)), microbatches=tuple(Microbatch(path=path) for path in paths)))
+    assert tasks[0, 2] == pytest.approx(4.0)
+    assert tasks[1, 3] == pytest.approx(4 / 3 + 3.0)
 
 
 @pytest.mark.parametrize("dispatch", get_args(Dispatch))

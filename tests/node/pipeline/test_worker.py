@@ -106,3 +106,14 @@ def test_poison_is_refused(name: str, value: float) -> None:
     hidden[0, 0, 0] = value
     with pytest.raises(ProtocolError, match="not finite or far too large"):
         codec.decode(codec.encode(hidden))
+
+
+def test_nothing_is_committed_once_the_iteration_has_ended() -> None:
+    """A commit may come from another thread, late."""
+    (worker, second) = workers(2)
+    _, gradient = worker.loss(KEY, second.forward(KEY, worker.forward(KEY, microbatches(1)[0])))
+    second.backward(KEY, gradient)
+    assert second.end_iteration(least_tokens=1) == 0
+    with pytest.raises(VisitGoneError):
+        second.commit(KEY)
+    assert second.num_tokens == 0

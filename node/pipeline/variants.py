@@ -1,0 +1,52 @@
+"""What a plan takes on the average day: its iteration simulated on a few cases that differ as one day differs from the next.
+
+Transfers and passes never take exactly what they usually take. A plan that was searched for with exact times is one in which
+much happens to fit exactly, and a few milliseconds more undo that: it takes longer than promised, and longer than a plan
+would that is a little slower on paper. So where a case has a `spread`, plans are judged by the mean over its variants.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import lru_cache
+
+from node.pipeline.case import Case
+from node.pipeline.plan import Plan
+from node.pipeline.replay import replay
+
+__all__ = ["NUM_VARIANTS", "expected_s", "variants"]
+
+NUM_VARIANTS = 4
+_KEPT = 8
+
+
+def variants(case: Case) -> tuple[Case, ...]:
+    """The case itself if it has no spread; else cases whose links and speeds are drawn, always the same ones."""
+    return (case,) if case.spread == 0.0 else _drawn(case)
+
+
+def expected_s(case: Case, plan: Plan) -> float:
+    """Mean seconds of the iteration; infinite if it does not always end."""
+    drawn = variants(case)
+    return sum(replay(each, plan)[0] for each in drawn) / len(drawn)
+
+
+@lru_cache(_KEPT)
+def _drawn(case: Case) -> tuple[Case, ...]:
+    """In pairs: what is slow in one is fast in the other."""
+    found = []
+    for pair in range(NUM_VARIANTS // 2):
+        rng = random.Random(pair)
+        links = [[rng.gauss(0.0, case.spread) for _ in row] for row in case.link_s]
+        speeds = [rng.gauss(0.0, case.spread / 2) for _ in case.forward_s]
+        for sign in (1.0, -1.0):
+            link_s = tuple(
+                tuple(each * math.exp(sign * factor) for each, factor in zip(row, factors, strict=True))
+                for row, factors in zip(case.link_s, links, strict=True)
+            )
+            forward_s = tuple(
+                each * math.exp(sign * factor) for each, factor in zip(case.forward_s, speeds, strict=True)
+            )
+            found.append(case.model_copy(update={"link_s": link_s, "forward_s": forward_s}))
+    return tuple(found)
