@@ -206,7 +206,13 @@ class Membership:
             if self._has_stopped:
                 loop.stop()
             self._progress.state = "training"
-            self._events.emit("training", round=trainer.round, step=trainer.step_in_round, sequences=sequences)
+            self._events.emit(
+                "training",
+                round=trainer.round,
+                step=trainer.step_in_round,
+                sequences=sequences,
+                stage=self._role.stage,
+            )
             try:
                 async with averager, group or contextlib.nullcontext():
                     await self._service.beat()  # others may choose this peer from now on
