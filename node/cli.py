@@ -9,11 +9,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from node.command_options import (
+    AnnounceOption,
+    EventsOption,
+    HomeOption,
+    HttpOption,
+    ListenOption,
+    NameOption,
+    RunOption,
+    host_port,
+    numbers,
+    say,
+    setting,
+)
+from node.identity_command import identity_app
 from node.pipeline.command import plan
 from protocol.errors import UserError
 from protocol.manifest import describe_fields
@@ -27,28 +41,24 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Train one language model together with strangers: peer to peer, no central trainer.",
 )
-identity_app = typer.Typer(no_args_is_help=True, help="Show, back up or restore this peer's key.")
 app.add_typer(identity_app, name="identity")
-app.command()(plan)
 
-HomeOption = Annotated[
-    Path | None, typer.Option("--home", help="Folder of this node's key, data and checkpoints [default: ~/.llm-node]")
-]
-ListenOption = Annotated[list[str] | None, typer.Option("--listen", help="Multiaddress to listen on; may be repeated.")]
-AnnounceOption = Annotated[
-    list[str] | None,
-    typer.Option("--announce", help="Multiaddress that others should dial instead of the detected ones."),
-]
-HttpOption = Annotated[
-    str | None, typer.Option("--http", metavar="HOST:PORT", help="Serve the status page here, e.g. 127.0.0.1:8080.")
-]
-NameOption = Annotated[str, typer.Option("--name", help="Name shown on the status page, at most 32 characters.")]
-EventsOption = Annotated[
-    bool, typer.Option("--events", help="Print every event as one JSON line instead of a live view.")
-]
-RunOption = Annotated[
-    str | None, typer.Option("--run", help="Name or id of the run [default: the latest of this home]")
-]
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from node.progress import software_version
+
+        say(f"llm-node {software_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before the command; the help of the whole program is above."""
 
 
 @app.command(epilog=describe_fields())
@@ -71,7 +81,9 @@ def init(
     stages: Annotated[
         int,
         typer.Option(
-            "--stages", min=1, help="Split the model into so many stages, for peers that can not hold all of it."
+            "--stages",
+            min=1,
+            help="Split the model into so many stages; each peer holds one. For models larger than a peer.",
         ),
     ] = 1,
     settings: Annotated[
@@ -105,7 +117,7 @@ def init(
         heldout_tokens=heldout_tokens,
         seed=seed,
         max_chars=max_chars,
-        overrides={"pipeline.stages": stages} | dict(_setting(text) for text in settings or []),
+        overrides={"pipeline.stages": stages} | dict(setting(text) for text in settings or []),
     )
     made = make_run(request, BlobStore(place.blobs))
     try:
@@ -128,7 +140,10 @@ def bootstrap(
     events: EventsOption = False,
     home: HomeOption = None,
 ) -> None:
-    """Publish a run: first address, seed of the data, collector of status records, status page."""
+    """Publish a run: first address, seed of the data, collector of status records, status page.
+
+    In a run of several stages it also collects the newest state of each, so that its home has the whole model.
+    """
     from node import terminal
     from node.coordinator import CoordinatorOptions
     from node.home import Home
@@ -137,7 +152,7 @@ def bootstrap(
         listen=tuple(listen or ["/ip4/0.0.0.0/tcp/4001"]),
         announce=tuple(announce or []),
         peers=tuple(peer or []),
-        http=_host_port(http),
+        http=host_port(http),
         name=name,
     )
     terminal.run_bootstrap(Home.at(home), manifest, options, as_json=events)
@@ -160,17 +175,30 @@ def join(
         int, typer.Option("--threads", min=0, help="Processor threads to train with; 0 takes what is fastest.")
     ] = 0,
     memory: Annotated[
-        float, typer.Option("--memory", min=0.0, help="GiB of memory that training may take; 0 for what is free.")
+        float,
+        typer.Option(
+            "--memory",
+            min=0.0,
+            help="GiB of memory that training may take, the whole model or one of its stages; 0 for what is free.",
+        ),
     ] = 0.0,
     sequences: Annotated[
-        int, typer.Option("--sequences", min=0, help="Sequences per step; 0 measures the machine and adapts.")
+        int,
+        typer.Option(
+            "--sequences",
+            min=0,
+            help="Sequences per step; 0 measures the machine and adapts. Without effect where the model is in stages.",
+        ),
     ] = 0,
     rounds: Annotated[int, typer.Option("--rounds", min=0, help="Leave after so many rounds; 0 stays.")] = 0,
     device: Annotated[str, typer.Option("--device", help="torch device; only cpu has been tested so far.")] = "cpu",
     events: EventsOption = False,
     home: HomeOption = None,
 ) -> None:
-    """Take part in a run. Ctrl-C leaves it; joining again goes on where you left."""
+    """Take part in a run. Ctrl-C leaves it; joining again goes on where you left.
+
+    Where the model is split into stages, you hold one: that which the swarm lacks most. When another one needs you more, you move.
+    """
     from node import terminal
     from node.home import Home
     from node.join import JoinOptions
@@ -181,7 +209,7 @@ def join(
     )
     options = PeerOptions(
         name=name,
-        http=_host_port(http),
+        http=host_port(http),
         local_data=data,
         sequences=sequences,
         threads=threads,
@@ -220,15 +248,19 @@ def generate(
     ] = 0.95,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sample.")] = 0,
     skip_stages: Annotated[
-        str, typer.Option("--skip-stages", metavar="2,3", help="Leave out these stages of a pipelined run.")
+        str,
+        typer.Option("--skip-stages", metavar="2,3", help="Leave out these stages; they count from 0, which stays."),
     ] = "",
     home: HomeOption = None,
 ) -> None:
-    """Continue a text with the model trained so far."""
+    """Continue a text with the model trained so far.
+
+    A model in stages is whole in the home of its bootstrap node only.
+    """
     from node.artifacts import load_trained
     from node.home import Home
 
-    skipped = _numbers(skip_stages, "--skip-stages")
+    skipped = numbers(skip_stages, "--skip-stages")
     trained = load_trained(Home.at(home), run)
     trained.omit_stages(skipped)
     sys.stdout.write(prompt)
@@ -244,7 +276,10 @@ def export(
     run: RunOption = None,
     home: HomeOption = None,
 ) -> None:
-    """Write the trained model as a folder that Hugging Face transformers loads."""
+    """Write the trained model as a folder that Hugging Face transformers loads.
+
+    A model in stages is whole in the home of its bootstrap node only.
+    """
     from node.artifacts import load_trained
     from node.home import Home
 
@@ -253,6 +288,9 @@ def export(
     say(
         f"Wrote {folder}: {trained.manifest.name} after round {trained.round}, for AutoModelForCausalLM.from_pretrained."
     )
+
+
+app.command()(plan)
 
 
 @app.command()
@@ -301,79 +339,9 @@ def simulate(
     from node.simulation.scenario import load_scenario
     from node.simulation.view import render_simulation
 
-    changed = load_scenario(scenario, dict(_setting(text) for text in settings or []))
+    changed = load_scenario(scenario, dict(setting(text) for text in settings or []))
     result = simulate_file(changed, scenario.parent, out=out)
     if as_json:
         say(json.dumps(result))
     else:
         Console().print(render_simulation(result))
-
-
-@identity_app.command("show")
-def identity_show(home: HomeOption = None) -> None:
-    """Print this peer's id, making a key if there is none."""
-    from node.home import Home
-    from protocol.identity import Identity
-
-    say(Identity.load_or_create(Home.at(home).identity).peer_id)
-
-
-@identity_app.command("backup")
-def identity_backup(
-    target: Annotated[Path, typer.Argument(help="File to write; keep it secret.")], home: HomeOption = None
-) -> None:
-    """Copy the key to a file."""
-    from node.home import Home
-    from protocol.identity import backup
-
-    backup(Home.at(home).identity, target)
-    say(f"Wrote {target}. Whoever has it can speak for this peer.")
-
-
-@identity_app.command("restore")
-def identity_restore(
-    source: Annotated[Path, typer.Argument(help="File made by `identity backup`.")], home: HomeOption = None
-) -> None:
-    """Use a key from a file; refuses to replace an existing one."""
-    from node.home import Home
-    from protocol.identity import Identity, restore
-
-    place = Home.at(home)
-    restore(source, place.identity)
-    say(f"This peer is now {Identity.load(place.identity).peer_id}.")
-
-
-def say(*lines: str) -> None:
-    """Print lines for people, or one for programs."""
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-# ---- reading options
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """`sync.alpha=0.5` → ("sync.alpha", 0.5); values are JSON, or plain words."""
-    key, separator, value = text.partition("=")
-    if not separator or "." not in key:
-        raise UserError(f"--set {text!r} is not of the form section.field=value, such as sync.alpha=0.5")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    """`2,3` → [2, 3]."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"{option} {text!r} is not a list of numbers, such as 2,3") from None
-
-
-def _host_port(text: str | None) -> tuple[str, int] | None:
-    if text is None:
-        return None
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) < 65536:
-        raise UserError(f"--http {text!r} is not HOST:PORT, such as 127.0.0.1:8080")
-    return host.strip("[]"), int(port)

@@ -25,7 +25,7 @@ from node.compute import Compute
 from node.consolidation import Consolidated, Consolidator
 from node.dataset import BatchSource
 from node.options import PeerOptions
-from node.pipeline.archive import StageArchive
+from node.pipeline.archive import StageArchive, kept_copies
 from node.pipeline.balance import Balance
 from node.pipeline.rebuild import StageRebuilder, ask_kept
 from node.pipeline.steps import PipelineSteps
@@ -206,7 +206,13 @@ class Membership:
             if self._has_stopped:
                 loop.stop()
             self._progress.state = "training"
-            self._events.emit("training", round=trainer.round, step=trainer.step_in_round, sequences=sequences)
+            self._events.emit(
+                "training",
+                round=trainer.round,
+                step=trainer.step_in_round,
+                sequences=sequences,
+                stage=self._role.stage,
+            )
             try:
                 async with averager, group or contextlib.nullcontext():
                     await self._service.beat()  # others may choose this peer from now on
@@ -218,6 +224,8 @@ class Membership:
                 if isinstance(steps, PipelineSteps):
                     await steps.close()
                 await self._save(final=True)
+                if self.next_stage is not None and self._keeper is not None:
+                    self._keeper.let_go()
 
     async def _after_round(self, round: int) -> None:
         assert self._keeper is not None
@@ -303,7 +311,8 @@ class Membership:
     def _archive(self) -> StageArchive:
         """Copies of the next stage's state, should that lose all its replicas."""
         assert self._role.stage is not None
-        return StageArchive(
+        assert self._keeper is not None
+        archive = StageArchive(
             self.manifest,
             stages=[(self._role.stage + 1) % self.manifest.pipeline.stages],
             directory=self._service.directory,
@@ -312,6 +321,8 @@ class Membership:
             folder=self._folder,
             events=self._events,
         )
+        archive.drop_others(in_use={ref.root for ref in self._keeper.held})
+        return archive
 
     def _rebuilder(self, trainer: StageTrainer) -> StageRebuilder:
         return StageRebuilder(
@@ -321,6 +332,7 @@ class Membership:
             store=self._store,
             compute=self._compute,
             events=self._events,
+            own=None if self._folder is None else kept_copies(self._folder).get(trainer.stage),
         )
 
     async def _mind_the_balance(self, steps: PipelineSteps) -> None:

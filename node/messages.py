@@ -145,8 +145,14 @@ _SENTENCES: dict[str, tuple[Level, str | Callable[[Fields], str]]] = {
         "warning",
         "No state of the swarm is to be had yet; starts from the initial weights in round {round}",
     ),
-    "stage": ("info", "Holds stage {stage} of {stages}"),
-    "training": ("info", "Training from round {round} with {sequences} sequences per step"),
+    "stage": ("info", "Holds stage {stage} of {stages}, counted from 0"),
+    "training": (
+        "info",
+        lambda f: (
+            f"Training from round {f['round']} with {f['sequences']} sequences per "
+            f"{'step' if f.get('stage') is None else 'microbatch'}"
+        ),
+    ),
     "leaving": ("info", "Leaving after the step and the write in progress; Ctrl-C again ends at once"),
     # rounds
     "validation": ("detail", "Round {round}: held-out loss {loss:.3f}"),

@@ -51,6 +51,8 @@ class Summary:
     val_loss_end: float | None
     time_to_first_step_s: float | None
     finished: bool
+    stage: int | None = None
+    """Which stage of a pipeline was held last; None for a whole replica."""
     consolidated: Consolidated | None = None
     """How the peers came to one model at the run's end; None before it."""
 
@@ -166,6 +168,7 @@ class Peer:
             val_loss_end=progress.val_loss,
             time_to_first_step_s=progress.time_to_first_step_s,
             finished=bool(total and progress.round >= total),
+            stage=self._role.stage,
             consolidated=None if self._membership is None else self._membership.consolidated,
         )
 

@@ -99,6 +99,13 @@ class SnapshotKeeper:
             self._hold(ref)
             self._events.emit("snapshot_published", round=round, root=ref.root[:12])
 
+    def let_go(self) -> None:
+        """Keep none any more: this peer goes to another stage, and those who stay have their own."""
+        for ref in self.held:
+            self._forget(ref)
+        self.held = []
+        self._publish([])
+
     async def keep_copies(self, live: Mapping[PeerId, PeerRecord]) -> None:
         """Fetch and check the newest snapshot that others publish, if the lot makes this peer one of its keepers."""
         for ref in self._offers(live):

@@ -43,16 +43,21 @@ OUTCOME_STYLE = {
 
 
 def run_lines(manifest: Manifest) -> list[str]:
-    """The run in three lines."""
+    """The run in three lines, in four if it has a pipeline."""
     model, sync, data = manifest.model, manifest.sync, manifest.data
     amount = f"{count(data.train_tokens)} tokens" if data.train_tokens else "each volunteer's own text"
     end = f"{sync.total_rounds} rounds" if sync.total_rounds else "no end set"
     layers = f"{model.num_layers} layer{'s' * (model.num_layers > 1)} × {model.hidden_size}"
+    pipeline, pace = manifest.pipeline, f"{sync.inner_steps} steps per round of about {duration(sync.round_target_s)}"
+    stages = []
+    if pipeline.stages > 1:
+        stages = [f"Pipeline of {pipeline.stages} stages; a peer holds one, a microbatch visits {pipeline.path_length}"]
+        pace = f"{sync.inner_steps} iterations per round"
     return [
         f"Run {manifest.name}, signed by {manifest.organiser}",
         f"Model {count(model.num_parameters)} parameters, {layers}; data {data.kind}, {amount}",
-        f"Training {sync.algorithm}, {sync.inner_steps} steps per round of about {duration(sync.round_target_s)}, {end}; "
-        f"run {manifest.run_id[:8]}",
+        *stages,
+        f"Training {sync.algorithm}, {pace}, {end}; run {manifest.run_id[:8]}",
     ]
 
 
@@ -66,7 +71,11 @@ def summary_lines(summary: Summary) -> list[str]:
     ]
     if summary.val_loss_start is not None and summary.val_loss_end is not None:
         lines.append(f"Held-out loss {summary.val_loss_start:.3f} → {summary.val_loss_end:.3f} nats per token.")
-    if summary.finished:
+    if summary.finished and summary.stage is not None:
+        lines.append(
+            f"The run is complete. This home has stage {summary.stage}; the whole model is in that of the bootstrap node."
+        )
+    elif summary.finished:
         lines.append(
             "The run is complete. `llm-node generate` samples from the model, `llm-node export` writes it out."
         )
@@ -159,7 +168,7 @@ class LiveView:
             held_out += f" (from {_loss(progress.first_val_loss)})"
         speed = [
             f"{count(progress.tokens_per_s)} tokens/s",
-            f"{progress.sequences_per_step} sequences per step",
+            f"{progress.sequences_per_step} sequences per {'step' if progress.stage is None else 'microbatch'}",
             f"{count(progress.session_tokens)} tokens contributed",
         ]
         rows: list[tuple[str, RenderableType]] = [
@@ -169,6 +178,11 @@ class LiveView:
             ("swarm", Text(f"{company} · {amount}")),
             ("saved", Text(_ago(self._saved_at_s))),
         ]
+        if progress.stage is not None:
+            stage = (
+                f"{progress.stage} of {peer.manifest.pipeline.stages}, counted from 0 · iteration {progress.iteration}"
+            )
+            rows.insert(0, ("stage", Text(stage)))
         totals = f"{progress.exchanges_ok} averaged, {progress.exchanges_failed} failed"
         return Group(_rows([*rows, ("exchanges", Text(totals))]), _exchanges(peer))
 

@@ -31,6 +31,7 @@ from protocol.wire import decode_message, encode_message
 
 __all__ = [
     "BUCKET_RECORDS",
+    "DEPARTED_S",
     "MAX_EXPIRY_S",
     "MAX_LIFE_S",
     "Directory",
@@ -49,6 +50,8 @@ MAX_EXPIRY_S = 600.0
 """No entry may expire later than this from now, by the clock of whoever checks it."""
 MAX_LIFE_S = 120.0
 """No record may expire later than this after it was sent, by its sender's clock."""
+DEPARTED_S = 600.0
+"""How long those who are gone are of interest."""
 _CLOCK_SKEW_S = 60.0
 _MAX_LEVEL = 16
 _PROBE_LOOKS = 20
@@ -175,6 +178,16 @@ class Directory(SwarmView):
     def peers(self) -> Mapping[PeerId, PeerRecord]:
         """The newest record of every other peer that is alive and not leaving."""
         return {peer: record for peer, record in self._alive.items() if record.state != "leaving"}
+
+    @property
+    def departed(self) -> Mapping[PeerId, PeerRecord]:
+        """The last record of every peer that was there within DEPARTED_S and is not in `peers` any more."""
+        now_s = asyncio.get_running_loop().time()
+        return {
+            peer: sighting.record
+            for peer, sighting in self._sightings.items()
+            if now_s - sighting.grown_at_s <= DEPARTED_S and peer not in self.peers
+        }
 
     async def publish(self, record: PeerRecord) -> bool:
         """Tell the swarm about ourselves; True if any node took it. A network failure is a False, not an error."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import median_low
 from typing import Annotated
@@ -37,7 +37,16 @@ from protocol.records import PeerRecord, SnapshotRef
 from protocol.transport import Stream, Transport
 from protocol.wire import Message, read_message, write_message
 
-__all__ = ["STATE_PROTOCOL", "StageArchive", "StateReply", "StateRequest", "assemble", "decode_stage", "swarm_round"]
+__all__ = [
+    "STATE_PROTOCOL",
+    "StageArchive",
+    "StateReply",
+    "StateRequest",
+    "assemble",
+    "decode_stage",
+    "kept_copies",
+    "swarm_round",
+]
 
 FILE = "stages.json"
 STATE_PROTOCOL = "/llm-node/stage-state/1"
@@ -97,6 +106,20 @@ class StageArchive:
         is_kept = request.run == self._manifest.run_id and request.stage in self._stages
         ref = self._held.get(request.stage) if is_kept else None
         await write_message(stream, StateReply(kept=ref))
+
+    def drop_others(self, *, in_use: Collection[str]) -> None:
+        """Give up what is kept of stages that are not ours to keep: we held another stage before.
+
+        Args:
+            in_use: roots of snapshots that this peer has for another reason.
+        """
+        others = {stage: ref for stage, ref in self._held.items() if stage not in self._stages}
+        for stage, ref in others.items():
+            del self._held[stage]
+            if ref.root not in in_use:
+                self._drop(ref)
+        if others:
+            self._list()
 
     async def look(self) -> None:
         """Take what is newer than what is here."""
@@ -187,6 +210,11 @@ def decode_stage(manifest: Manifest, stage: int, data: bytes) -> dict[str, Tenso
     with torch.device("meta"):
         shapes = Stage(model_config(manifest), stage, manifest.pipeline.stages)
     return decode_weights(data, {name: tuple(p.shape) for name, p in shapes.named_parameters()})
+
+
+def kept_copies(folder: Path) -> dict[int, SnapshotRef]:
+    """By stage, the copies that the folder of a run lists; nothing if there is no list that can be read."""
+    return _read(folder / FILE)
 
 
 def _read(file: Path) -> dict[int, SnapshotRef]:

@@ -24,7 +24,15 @@ def plan(
     peer: Annotated[
         str | None, typer.Option("--peer", metavar="ADDRESS", help="Show the plan that this peer's swarm follows.")
     ] = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, max=86_400.0, help="Time to search.")] = 30.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            "--seconds",
+            min=0.1,
+            max=86_400.0,
+            help="Time to search. This and what follows is for case files, --json for both.",
+        ),
+    ] = 30.0,
     out: Annotated[Path | None, typer.Option("--out", metavar="PLAN.json", help="Write the plan here.")] = None,
     picture: Annotated[
         Path | None, typer.Option("--gantt", metavar="FILE", help="Draw who works when: .svg or .png.")
@@ -35,12 +43,14 @@ def plan(
 ) -> None:
     """Plan a pipeline: which node holds which stage, which way every microbatch goes, and how long an iteration takes.
 
-    A case file is planned here; with --peer, the plan that a live swarm follows is shown.
+    A case file is planned here; with --peer, the plan that a live swarm has made for itself is shown.
     """
     if (case is None) == (peer is None):
         raise UserError("give a case file to plan, or --peer ADDRESS to see the plan of a live swarm")
     if case is None:
         assert peer is not None
+        if out is not None or picture is not None or full:
+            raise UserError("--out, --gantt and --full are for case files; the plan of a live swarm is only shown")
         _show_live(peer, as_json=as_json)
         return
     from node.pipeline.case import load_case

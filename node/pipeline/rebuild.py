@@ -1,7 +1,9 @@
 """The state of a stage that has lost all its replicas.
 
 1. Its newest snapshot that anybody keeps: the bootstrap node keeps one of every stage, and every stage peer one of the stage after
-   its own (node/pipeline/archive.py).
+   its own (node/pipeline/archive.py). Anybody may claim to keep one. So those come first that the lost replicas vouched for in
+   their last records, by the rule of node/catchup.py, and our own copy, which we took by that rule; who has just come knows no
+   such record, and takes what several keep before what one does.
 2. Else the mean of the layers of the two stages around it. A layer adds to the residual stream, and neighbours have learnt
    similar things, so this is far better than starting anew (CheckFree, arXiv 2506.15461; weighted evenly here). Embedding and head
    have no neighbours.
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from model.errors import CheckpointError
 from model.stage import stage_layers
-from node.catchup import choose_snapshots
+from node.catchup import MAX_RESUME_LAG, choose_snapshots
 from node.compute import Compute
 from node.events import EventLog
 from node.pipeline.archive import STATE_PROTOCOL, StateReply, StateRequest, decode_stage, swarm_round
@@ -41,7 +43,11 @@ MAX_ASKED = 32
 
 
 class StageRebuilder:
-    """Finds a state for the stage of `trainer` when nobody holds it."""
+    """Finds a state for the stage of `trainer` when nobody holds it.
+
+    Args:
+        own: the copy that we keep ourselves, if we do.
+    """
 
     def __init__(
         self,
@@ -52,7 +58,9 @@ class StageRebuilder:
         store: BlobStore,
         compute: Compute,
         events: EventLog,
+        own: SnapshotRef | None = None,
     ) -> None:
+        self._own = own
         self._trainer, self._manifest = trainer, trainer.manifest
         self._directory, self._transport, self._store = directory, transport, store
         self._compute, self._events = compute, events
@@ -91,18 +99,29 @@ class StageRebuilder:
         self._events.emit("stage_rebuilt", stage=self._trainer.stage, round=of_round, source=source)
 
     async def _kept(self, *, newest: int) -> list[tuple[SnapshotRef, list[PeerId]]]:
-        """Snapshots of our stage that others keep, none newer than that round: those that several keep first, then the newest."""
+        """Snapshots of our stage that are kept, none newer than that round; in order of trust, then the newest first."""
         records = self._directory.peers
         asked = sorted(records, key=lambda peer: records[peer].role != "bootstrap")[:MAX_ASKED]
-        holders: dict[SnapshotRef, list[PeerId]] = {}
+        holders: dict[SnapshotRef, list[PeerId]] = {} if self._own is None else {self._own: []}
         run, stage = self._manifest.run_id, self._trainer.stage
         answers = await asyncio.gather(
             *(ask_kept(peer, stage=stage, run=run, transport=self._transport) for peer in asked)
         )
         for peer, ref in zip(asked, answers, strict=True):
-            if ref is not None and ref.round <= newest:
+            if ref is not None:
                 holders.setdefault(ref, []).append(peer)
-        return sorted(holders.items(), key=lambda item: (len(item[1]) < 2, -item[0].round))
+        trusted = self._vouched_for()
+        if self._own is not None and self._own.round + MAX_RESUME_LAG >= newest:
+            trusted.add(self._own)
+        kept = [(ref, donors) for ref, donors in holders.items() if ref.round <= newest]
+        return sorted(
+            kept, key=lambda item: (0 if item[0] in trusted else 1 if len(item[1]) > 1 else 2, -item[0].round)
+        )
+
+    def _vouched_for(self) -> set[SnapshotRef]:
+        """Snapshots for which enough of the stage's peers voted before they were gone."""
+        gone = {peer: r for peer, r in self._directory.departed.items() if r.stage == self._trainer.stage}
+        return {candidate.ref for candidate in choose_snapshots(gone)}
 
     async def _newest_of(self, stage: int) -> dict[str, Tensor] | None:
         records = self._directory.peers

@@ -57,7 +57,7 @@ def test_a_stage_that_lost_all_its_peers_is_rebuilt(pipeline: StagedSwarm, sourc
     (mover,) = [node for node in others if events(node, "stage_rebuilt")]
     (rebuilt,) = events(mover, "stage_rebuilt")
     assert (rebuilt["stage"], rebuilt["source"]) == (LOST, source)
-    assert source == "neighbours" or rebuilt["round"] == max(copies.values())
+    assert source == "neighbours" or rebuilt["round"] in copies.values()
     assert [event["to"] for node in others for event in events(node, "moving")] == [LOST]
 
     mark = mover.mark()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,11 @@ def test_help_explains_every_field_of_the_manifest() -> None:
     for section, field in Manifest.model_fields.items():
         names = getattr(field.annotation, "model_fields", {section: None})
         assert all(name in shown for name in names), section
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert done("--version") == f"llm-node {project['version']}\n"
 
 
 def test_without_a_command_the_help_is_shown() -> None:

@@ -130,6 +130,18 @@ def test_only_the_newest_are_kept(trainer: Trainer, tmp_path: Path) -> None:
     run_virtual(story())
 
 
+def test_who_goes_to_another_stage_keeps_none(trainer: Trainer, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 1) as nodes:
+            scene = Scene(trainer, nodes)
+            await scene.keeper.after_round(4, {})
+            assert scene.blobs
+            scene.keeper.let_go()
+            assert (scene.keeper.held, scene.shown, scene.blobs) == ([], [], set())
+
+    run_virtual(story())
+
+
 def test_keepers_are_chosen_by_lot(trainer: Trainer, tmp_path: Path) -> None:
     """Among eight peers, node 0 copies exactly those snapshots for which it is among the first by lot."""
 

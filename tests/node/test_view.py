@@ -19,6 +19,7 @@ from protocol.directory import validate_entry
 from protocol.memory import MemoryNetwork, MemoryTransport
 from protocol.publication import SignedManifest
 from protocol.records import ExchangeNote, PeerRecord
+from tests.node.runs import tiny_run
 from tests.protocol.samples import identity, record
 
 WIDTHS = (60, 80, 120, 200)
@@ -105,6 +106,14 @@ def test_the_panel_shows_what_an_owner_asks_for(peer: Peer) -> None:
         "Ctrl-C leaves",
     ):
         assert expected in drawn
+
+
+def test_the_panel_of_a_stage_says_which(peer: Peer) -> None:
+    train(peer)
+    peer.progress.stage, peer.progress.iteration = 0, 36
+    drawn = "\n".join(text(LiveView(terminal()), peer, 80))
+    assert "0 of 1, counted from 0 · iteration 36" in drawn
+    assert "4 sequences per microbatch" in drawn
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -261,9 +270,17 @@ def test_the_run_in_three_lines(run: tuple[SignedManifest, BlobStore]) -> None:
 
 
 def summary(**changes: object) -> Summary:
-    fields: dict[str, object] = dict.fromkeys(Summary.__dataclass_fields__, 0)
+    fields: dict[str, object] = dict.fromkeys(Summary.__dataclass_fields__, 0) | {"stage": None}
     loss = {"val_loss_start": None, "val_loss_end": None, "time_to_first_step_s": None, "finished": False}
     return Summary(**(fields | loss | changes))  # type: ignore[arg-type]
+
+
+def test_a_run_in_stages_says_so(tmp_path: Path) -> None:
+    signed, _ = tiny_run(tmp_path, model__num_layers=4, pipeline__stages=4, pipeline__skip_ratio=0.25)
+    lines = run_lines(signed.manifest)
+    assert lines[2] == "Pipeline of 4 stages; a peer holds one, a microbatch visits 3"
+    assert lines[3].startswith("Training noloco, 5 iterations per round, 4 rounds; run ")
+    assert all(len(line) <= 80 for line in lines)
 
 
 def test_the_farewell() -> None:
@@ -276,5 +293,7 @@ def test_the_farewell() -> None:
     assert lines[-1].startswith("Thank you.")
     assert len(lines) == 2, "no loss was measured"
     assert "5.500 → 3.250" in summary_lines(summary(val_loss_start=5.5, val_loss_end=3.25))[1]
-    assert "complete" in summary_lines(summary(finished=True))[-1]
+    assert "`llm-node generate` samples" in summary_lines(summary(finished=True))[-1]
+    of_a_stage = summary_lines(summary(finished=True, stage=2))[-1]
+    assert "This home has stage 2; the whole model is in that of the bootstrap node" in of_a_stage
     assert "in 1 round, with 1 exchange," in summary_lines(summary(rounds=1, exchanges_ok=1))[0]

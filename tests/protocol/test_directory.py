@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from protocol.directory import (
     BUCKET_RECORDS,
+    DEPARTED_S,
     MAX_EXPIRY_S,
     MAX_LIFE_S,
     Directory,
@@ -214,6 +215,24 @@ def test_a_silent_peer_is_gone_after_its_ttl_and_stays_gone_while_the_dht_still_
         assert seen_until_s == 45.0
         await b.publish()
         assert set(await a.refresh()) == {b.id}
+
+    run_virtual(scenario())
+
+
+def test_the_last_words_of_those_who_are_gone_are_known_for_a_while() -> None:
+    async def scenario() -> None:
+        dht = TableDht()
+        a, b, c = Peer(1, dht), Peer(2, dht), Peer(3, dht)
+        await b.publish(round=7)
+        await c.publish(state="leaving")
+        await a.refresh()
+        assert set(a.directory.departed) == {c.id}
+        await asyncio.sleep(60.0)
+        await a.refresh()
+        assert a.directory.departed[b.id].round == 7
+        await asyncio.sleep(DEPARTED_S)
+        await a.refresh()
+        assert a.directory.departed == {}
 
     run_virtual(scenario())
 

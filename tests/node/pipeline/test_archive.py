@@ -14,11 +14,12 @@ from model.transformer import Transformer
 from model.weights import encode_weights
 from node.artifacts import load_stages
 from node.events import EventLog
-from node.pipeline.archive import StageArchive, assemble
+from node.pipeline.archive import StageArchive, assemble, kept_copies
 from node.pipeline.trainer import StageTrainer
 from node.training_state import model_config
 from protocol.blobs import BlobStore
 from protocol.errors import UserError
+from protocol.ids import BlobId
 from protocol.manifest import Manifest
 from protocol.memory import MemoryNetwork, MemoryTransport
 from protocol.records import PeerRecord, SnapshotRef
@@ -97,6 +98,28 @@ def test_a_round_that_the_swarm_has_not_reached_is_a_lie_and_does_not_last(
     archive(manifest, store, tmp_path, liar)
     told = archive(manifest, store, tmp_path, *others, publish(manifest, store, 2, round=4))
     assert ("stage_archived", 2, 4) in [(name, fields.get("stage"), fields.get("round")) for name, fields in told]
+
+
+def test_copies_for_another_stage_are_given_up_unless_they_are_in_use(
+    run: tuple[Manifest, BlobStore], tmp_path: Path
+) -> None:
+    """A peer of stage 0 kept one of stage 1; now it holds that stage itself, and keeps one of stage 2."""
+    manifest, store = run
+    records = [publish(manifest, store, stage, round=4) for stage in range(3)]
+    refs = [each.snapshots[0] for each in records]
+    archive(manifest, store, tmp_path, *records)
+    now = StageArchive(
+        manifest,
+        stages=[2],
+        directory=FixedView(*records),
+        transport=MemoryTransport(MemoryNetwork(), peer_id(9)),
+        store=store,
+        folder=tmp_path,
+        events=EventLog(),
+    )
+    now.drop_others(in_use={refs[1].root})
+    assert kept_copies(tmp_path) == {2: refs[2]}
+    assert [store.has(BlobId(ref.root)) for ref in refs] == [False, True, True]
 
 
 def test_a_state_of_another_shape_is_refused(run: tuple[Manifest, BlobStore], tmp_path: Path) -> None:

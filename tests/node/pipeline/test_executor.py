@@ -500,6 +500,24 @@ def test_a_single_origin_does_not_decide_which_iteration_it_is(lead: int) -> Non
     run_virtual(story())
 
 
+@pytest.mark.parametrize(("lead", "next_one"), [(1024, 1025), (1025, 1)])
+def test_who_is_alone_in_stage_0_is_believed_within_bounds(lead: int, next_one: int) -> None:
+    """It gives out every microbatch anyway. The second one ends that."""
+
+    async def story() -> None:
+        async with Pipeline(2, replicas=2) as pipeline:
+            server, (alone, second) = pipeline.at(1).server, (pipeline.at(0), pipeline.at(0, 1))
+            server.note_end(alone.peer, lead)
+            server.next_iteration()
+            assert server.iteration == next_one
+            server.note_end(second.peer, server.iteration)
+            server.note_end(alone.peer, server.iteration + 1000)
+            server.next_iteration()
+            assert server.iteration == next_one + 1
+
+    run_virtual(story())
+
+
 def test_a_frozen_peer_goes_on_where_most_origins_are() -> None:
     async def story() -> None:
         async with Pipeline(2, replicas=3) as pipeline:

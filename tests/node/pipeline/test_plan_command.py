@@ -86,6 +86,13 @@ def test_what_to_plan_must_be_said_once(tmp_path: Path) -> None:
         assert "give a case file to plan, or --peer" in str(result.exception)
 
 
+@pytest.mark.parametrize("options", [["--full"], ["--out", "plan.json"], ["--gantt", "plan.svg"]])
+def test_what_is_for_case_files_is_not_ignored_for_a_live_swarm(options: list[str]) -> None:
+    result = CliRunner().invoke(app, ["plan", "--peer", "/ip4/127.0.0.1/tcp/1", *options])
+    assert isinstance(result.exception, UserError)
+    assert "are for case files" in str(result.exception)
+
+
 def test_without_matplotlib_the_picture_is_refused_and_its_option_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,152 @@
+"""Whose copy a lost stage goes on from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from node.compute import VirtualCompute
+from node.events import EventLog
+from node.pipeline.archive import STATE_PROTOCOL, StateReply, StateRequest
+from node.pipeline.rebuild import StageRebuilder
+from node.pipeline.trainer import StageTrainer
+from protocol.blob_exchange import serve_blobs
+from protocol.blobs import BlobStore
+from protocol.directory import Directory
+from protocol.ids import PeerId
+from protocol.manifest import Manifest
+from protocol.memory import MemoryNetwork, MemoryTransport
+from protocol.records import PeerRecord, SnapshotRef
+from protocol.transport import Stream
+from protocol.virtual_time import run_virtual
+from protocol.wire import read_message, write_message
+from tests.node.pipeline.records import FixedView, peer_id, record
+from tests.node.runs import tiny_run
+
+LOST, SWARM_ROUND = 1, 30
+
+
+class View(FixedView):
+    """Also shows who is gone."""
+
+    def __init__(self, *records: PeerRecord, departed: list[PeerRecord]) -> None:
+        super().__init__(*records)
+        self.departed: Mapping[PeerId, PeerRecord] = {PeerId(each.peer): each for each in departed}
+
+
+class Scene:
+    """Peers of stages 0 and 2, numbered from 1, some of which keep a copy of stage 1; and the trainer of one that moves there."""
+
+    def __init__(self, folder: Path) -> None:
+        signed, _ = tiny_run(folder, model__num_layers=4, pipeline__stages=3)
+        self.manifest: Manifest = signed.manifest
+        self.trainer = StageTrainer(self.manifest, stage=LOST)
+        self.own_store = BlobStore(folder / "own")
+        self._others = BlobStore(folder / "others")
+        self.kept: dict[int, SnapshotRef] = {}
+        self.departed: list[PeerRecord] = []
+
+    def copy(self, value: float, *, round: int, store: BlobStore | None = None) -> SnapshotRef:
+        """A snapshot of stage 1 whose weights are all `value`."""
+        donor = StageTrainer(self.manifest, stage=LOST)
+        with torch.no_grad():
+            donor.replica.phi.fill_(value)
+        data = donor.snapshot()
+        root = (store or self._others).put(data)
+        return SnapshotRef(round=round, root=root, size_bytes=len(data))
+
+    def gone(self, number: int, *refs: SnapshotRef) -> None:
+        """A replica of stage 1 that vouched for these, and is gone."""
+        last = record(number, LOST, run=self.manifest.run_id, round=SWARM_ROUND, snapshots=list(refs))
+        self.departed.append(last)
+
+    def rebuilt_from(self, *, own: SnapshotRef | None = None) -> float | None:
+        """The value of the weights that the mover ends up with; None if they are those it had."""
+        before = self.trainer.replica.phi.clone()
+        run_virtual(self._rebuild(own))
+        after = self.trainer.replica.phi
+        return None if torch.equal(before, after) else float(after[0])
+
+    async def _rebuild(self, own: SnapshotRef | None) -> None:
+        network = MemoryNetwork()
+        async with AsyncExitStack() as stack:
+            for number in range(1, 5):
+                transport = await stack.enter_async_context(MemoryTransport(network, peer_id(number)))
+                serve_blobs(transport, self._others)
+                transport.handle(STATE_PROTOCOL, self._serves(number))
+            mover = await stack.enter_async_context(MemoryTransport(network, peer_id(9)))
+            records = [
+                record(number, 0 if number < 3 else 2, run=self.manifest.run_id, round=SWARM_ROUND)
+                for number in range(1, 5)
+            ]
+            await StageRebuilder(
+                self.trainer,
+                directory=cast(Directory, View(*records, departed=self.departed)),
+                transport=mover,
+                store=self.own_store,
+                compute=VirtualCompute(seconds_per_call=0.0),
+                events=EventLog(),
+                own=own,
+            ).rebuild()
+
+    def _serves(self, number: int) -> Callable[[Stream], asyncio.Future[None]]:
+        async def serve(stream: Stream) -> None:
+            await read_message(stream, StateRequest)
+            await write_message(stream, StateReply(kept=self.kept.get(number)))
+
+        return serve  # type: ignore[return-value]
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+def test_two_who_agree_do_not_outvote_the_lost_replicas(scene: Scene) -> None:
+    """What those last vouched for, one honest keeper has; two others tell of something newer."""
+    honest, forged = scene.copy(1.0, round=28), scene.copy(2.0, round=30)
+    scene.kept = {1: honest, 2: forged, 3: forged}
+    scene.gone(5, honest)
+    scene.gone(6, honest)
+    assert scene.rebuilt_from() == 1.0
+
+
+def test_one_that_was_of_the_stage_does_not_speak_for_all(scene: Scene) -> None:
+    """By the rule for joiners: of three, two must have vouched."""
+    honest, forged = scene.copy(1.0, round=28), scene.copy(2.0, round=30)
+    scene.kept = {1: honest, 2: honest, 3: forged}
+    for number, ref in ((5, forged), (6, honest), (7, honest)):
+        scene.gone(number, ref)
+    assert scene.rebuilt_from() == 1.0
+
+
+def test_who_knows_nothing_of_the_lost_takes_what_several_keep(scene: Scene) -> None:
+    several, one, future = (scene.copy(value, round=round) for value, round in ((1.0, 6), (2.0, 8), (3.0, 99)))
+    scene.kept = {1: several, 2: several, 3: one, 4: future}
+    assert scene.rebuilt_from() == 1.0
+
+
+def test_ones_own_copy_is_one_too(scene: Scene) -> None:
+    """Who moves to the next stage may be the only one that has it."""
+    own = scene.copy(1.0, round=7, store=scene.own_store)
+    assert scene.rebuilt_from(own=own) == 1.0
+
+
+@pytest.mark.parametrize(("round", "expected"), [(28, 1.0), (7, 2.0)])
+def test_ones_own_copy_comes_before_what_strangers_tell_unless_it_is_old(
+    scene: Scene, round: int, expected: float
+) -> None:
+    told = scene.copy(2.0, round=29)
+    scene.kept = {1: told, 2: told}
+    own = scene.copy(1.0, round=round, store=scene.own_store)
+    assert scene.rebuilt_from(own=own) == expected
+
+
+def test_without_any_copy_nothing_is_taken_from_nowhere(scene: Scene) -> None:
+    assert scene.rebuilt_from() is None
