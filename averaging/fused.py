@@ -8,7 +8,8 @@
 
 An exchange of a large model is bound by memory, and eager torch moves every vector through a dozen buffers: it takes two to five
 times the processor time (docs/LOG.md). The price is some ten seconds of compiling at the first use on a machine, so this
-route is for large models. Pair averaging needs no vector of its own for the anchor: φ's place keeps it.
+route is for large models, where averaging/native_passes.py does not go: on other devices than a CPU. Pair averaging needs no vector
+of its own for the anchor: φ's place keeps it.
 
 The rules are those of passes.py; sums are rounded differently, and so may be the last bit of a lattice step.
 

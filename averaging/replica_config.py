@@ -27,8 +27,8 @@ class ReplicaConfig:
         fragments: number of fragments F, of which each round exchanges one.
         blend: a in [0, 1), with F > 1: θ ← a·θ + (1 − a)·outer step.
         lag_decay: factor in (0, 1] on a partner's Δ and φ, per round between its and ours.
-        compiled: whether the passes run through torch.compile: True, False, or None for "when the model is large", since compiling
-            takes longer than many rounds' worth of eager work on a small one.
+        compiled: whether the passes run as compiled code (C on a CPU, else torch.compile): True, False, or None for "when the
+            model is large", since compiling takes longer than many rounds' worth of eager work on a small one.
 
     Raises:
         ValueError: a codec that does not fit, or a number out of its range.

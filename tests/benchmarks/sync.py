@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--settings", default="", help="only our settings that contain one of these words")
     parser.add_argument(
-        "--eager", action="store_true", help="without torch.compile, which nodes use from 16M parameters on"
+        "--eager", action="store_true", help="without compiled code, which nodes use from 16M parameters on"
     )
     parser.add_argument("--no-hivemind", action="store_true")
     arguments = parser.parse_args()

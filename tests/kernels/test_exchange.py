@@ -11,6 +11,7 @@ from torch import Tensor
 
 from averaging.codec import codec_named
 from kernels import exchange, native
+from kernels.dispatch import COMPILE_MIN_NUMEL
 from kernels.exchange import CODECS, Encoded, PieceVectors, Rule
 from kernels.lattice import WINDOW, lattice_encode, lattice_fields
 from tests.kernels.samples import gradient_like
@@ -175,6 +176,15 @@ def test_nothing_is_written_beside_a_piece() -> None:
             state = vectors(x[begin:end].clone())
             exchange.pack(state, delta=None, slow=Encoded(name, parts, x.numel(), begin), slow_is_theta=True)
         assert torch.equal(parts, whole.payload)
+
+
+def test_who_takes_this_route() -> None:
+    cpu = torch.device("cpu")
+    assert exchange.use_native(1, wanted=True, device=cpu)
+    assert not exchange.use_native(1 << 30, wanted=False, device=cpu)
+    assert not exchange.use_native(1000, wanted=None, device=cpu)
+    assert exchange.use_native(COMPILE_MIN_NUMEL, wanted=None, device=cpu)
+    assert not exchange.use_native(COMPILE_MIN_NUMEL, wanted=None, device=torch.device("meta"))
 
 
 def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
