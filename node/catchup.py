@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,7 +77,11 @@ def _median(values: list[int]) -> int:
 
 
 class StateFetcher:
-    """Brings a joiner into the swarm."""
+    """Brings a joiner into the swarm.
+
+    Args:
+        wish: called when no state that passes is there; the others should publish one.
+    """
 
     def __init__(
         self,
@@ -88,7 +92,9 @@ class StateFetcher:
         transport: Transport,
         directory: SwarmView,
         events: EventLog,
+        wish: Callable[[], None] = lambda: None,
     ) -> None:
+        self._wish = wish
         self._trainer, self._compute, self._store = trainer, compute, store
         self._transport, self._directory, self._events = transport, directory, events
         self._refused: set[SnapshotRef] = set()
@@ -132,17 +138,19 @@ class StateFetcher:
                     f"the swarm is at round {swarm}, but none of its peers gives a state that passes; try again in a minute"
                 )
             if looks == NUM_LOOKS:
+                self._wish()
                 self._events.emit("waiting_for_state", swarm_round=swarm)
             await asyncio.sleep(LOOK_AGAIN_S)  # votes are on their way, or the next snapshot is
 
-    async def refetch(self) -> SnapshotRef | None:
-        """Replace the weights of a training peer by the swarm's; its round stays. None if no state that passes is to be had now.
+    async def refetch(self, *, at_least: int = 0) -> SnapshotRef | None:
+        """Replace the weights of a training peer by the swarm's, if there is a state of at least round `at_least`; its round
+        stays. None if no state that passes is to be had now.
 
         To be awaited before the next round is packed, since an exchange under way is forgotten. The inner optimizer starts anew:
         its moments belong to the weights that were given up.
         """
         await self._directory.refresh()
-        adopted = await self._adopt_best(at_round=self._trainer.round)
+        adopted = await self._adopt_best(at_round=self._trainer.round, at_least=at_least)
         if adopted is not None:
             await self._compute.run(self._forget_the_past)
         return adopted
@@ -151,10 +159,11 @@ class StateFetcher:
         self._trainer.optimizer.state.clear()
         self._trainer.replica.admission.start_anew()
 
-    async def _adopt_best(self, *, at_round: int | None = None) -> SnapshotRef | None:
+    async def _adopt_best(self, *, at_round: int | None = None, at_least: int = 0) -> SnapshotRef | None:
         """Try the credible snapshots in order. What is bad is not tried again; what cannot be had just now is."""
         for candidate in choose_snapshots(self._trainers()):
-            if candidate.ref not in self._refused and await self._adopt(candidate, at_round=at_round):
+            is_tried = candidate.ref.round >= at_least and candidate.ref not in self._refused
+            if is_tried and await self._adopt(candidate, at_round=at_round):
                 return candidate.ref
         return None
 
@@ -209,12 +218,14 @@ class Start:
     Args:
         cursor: where in its round's data to go on, for a checkpoint from the middle of a round.
         adopted: the swarm's state that was taken, if it was one.
+        state_round: rounds of training in the state.
         is_rebuilt: nobody held it any more.
     """
 
     is_rebuilt: bool = False
     cursor: int | None = None
     adopted: SnapshotRef | None = None
+    state_round: int = 0
 
 
 class Rebuilder(Protocol):
@@ -250,7 +261,7 @@ async def find_start(
     if saved is not None and (swarm or 0) - saved.round <= MAX_RESUME_LAG:
         return await _resume(trainer, saved, checkpoints=checkpoints, events=events)
     if seen is None and rebuilder is not None and await rebuilder.rebuild():
-        return Start(is_rebuilt=True)
+        return Start(is_rebuilt=True, state_round=trainer.round)
     try:
         adopted = await fetcher.fetch()
     except TransportError:
@@ -258,7 +269,7 @@ async def find_start(
             raise
         adopted = None
     if adopted is not None:
-        return Start(adopted=adopted)
+        return Start(adopted=adopted, state_round=adopted.round)
     if saved is not None:  # old, but better than nothing
         return await _resume(trainer, saved, checkpoints=checkpoints, events=events)
     swarm = fetcher.swarm_round()
@@ -271,7 +282,7 @@ async def find_start(
 async def _resume(trainer: TrainingState, saved: SavedState, *, checkpoints: Checkpoints, events: EventLog) -> Start:
     await checkpoints.restore(trainer, saved)
     events.emit("resumed", round=trainer.round, step=trainer.step_in_round, tokens=trainer.tokens)
-    return Start(cursor=saved.cursor)
+    return Start(cursor=saved.cursor, state_round=trainer.round)
 
 
 def _rounded(loss: float | None) -> float | None:

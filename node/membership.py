@@ -24,6 +24,7 @@ from node.checkpoints import Checkpoints
 from node.compute import Compute
 from node.consolidation import Consolidated, Consolidator
 from node.dataset import BatchSource
+from node.freshness import Freshness
 from node.options import PeerOptions
 from node.pipeline.archive import StageArchive, kept_copies
 from node.pipeline.balance import Balance
@@ -84,6 +85,7 @@ class Membership:
         self._ending: asyncio.Task[None] | None = None
         self._fetcher: StateFetcher | None = None
         self._keeper: SnapshotKeeper | None = None
+        self._freshness = Freshness(progress)
         self._balance = Balance(manifest, peer=identity.peer_id, stage=role.stage or 0, fitting=role.fitting)
         self._has_stopped = False
         self._most = 0
@@ -141,6 +143,7 @@ class Membership:
             transport=self._transport,
             directory=self._role.view,
             events=self._events,
+            wish=self._wish_for_a_state,
         )
         self._keeper = SnapshotKeeper(
             run=self.manifest.run_id,
@@ -165,7 +168,12 @@ class Membership:
             await self._keeper.publish_in_turn(trainer.round, {})
         if start.adopted is not None:
             self._keeper.adopt(start.adopted)
+        swarm = self._fetcher.swarm_round()
+        self._freshness.took(state_round=start.state_round, at_round=trainer.round, swarm_round=swarm)
         return start.cursor
+
+    def _wish_for_a_state(self) -> None:
+        self._progress.wants_state = True
 
     def _show_snapshots(self, held: list[SnapshotRef]) -> None:
         self._progress.snapshots = held
@@ -229,18 +237,28 @@ class Membership:
 
     async def _after_round(self, round: int) -> None:
         assert self._keeper is not None
+        others = self._other_trainers()
         if self.trainer is not None and self.trainer.replica.admission.is_astray:
-            await self._return_to_the_swarm(round)
-        await self._keeper.after_round(round, self._other_trainers())
+            self._events.emit("astray", round=round)
+            await self._return_to_the_swarm(at_least=0)
+        elif self._freshness.is_refused(others):
+            await self._return_to_the_swarm(at_least=self._freshness.wanted_round)
+        if not self._progress.wants_state:
+            everybody = self._role.view.peers.items()
+            wanted = any(record.wants_state for peer, record in everybody if peer != self._identity.peer_id)
+            await self._keeper.after_round(round, others, is_wanted=wanted)
         await self._save(final=False)
 
-    async def _return_to_the_swarm(self, round: int) -> None:
+    async def _return_to_the_swarm(self, *, at_least: int) -> None:
+        """Fetch a state of at least that round, if there is one."""
         assert self._fetcher is not None
         assert self._keeper is not None
-        self._events.emit("astray", round=round)
-        adopted = await self._fetcher.refetch()
+        assert self.trainer is not None
+        adopted = await self._fetcher.refetch(at_least=at_least)
         if adopted is not None:
             self._keeper.adopt(adopted)
+            swarm = self._fetcher.swarm_round()
+            self._freshness.took(state_round=adopted.round, at_round=self.trainer.round, swarm_round=swarm)
 
     async def _consolidate(self, trainer: TrainingState) -> None:
         """At the end of the run: come to one model with the others."""
@@ -295,7 +313,8 @@ class Membership:
 
     async def _keep_copies(self) -> None:
         assert self._keeper is not None
-        await self._keeper.keep_copies(self._other_trainers())
+        if not self._progress.wants_state:
+            await self._keeper.keep_copies(self._other_trainers())
 
     def _other_trainers(self) -> dict[PeerId, PeerRecord]:
         records = self._role.view.peers

@@ -5,6 +5,9 @@ the peer with the smallest PRF(run, epoch, peer) among those live publishes its 
 next few peers in that order fetch it, measure its held-out loss, and if it is as good as their own, list it in their signed
 record too: that is a vote. A joiner takes a state for which enough independent peers vote (node/catchup.py) and downloads
 it from all of them at once. It is immutable, so a download never blocks anybody's training.
+
+Where the newest snapshot is some rounds old and somebody wants a state (node/freshness.py), the next one comes before its time: each
+round has a lot of its own for that. Whoever wants a state takes no part in the lots, since its own is old.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from model.errors import CheckpointError
@@ -25,7 +29,7 @@ from protocol.ids import BlobId, PeerId, RunId
 from protocol.records import PeerRecord, SnapshotRef
 from protocol.transport import Transport
 
-__all__ = ["NUM_KEEPERS", "SnapshotKeeper", "max_snapshot_bytes", "order_for_epoch"]
+__all__ = ["FRESH_ROUNDS", "NUM_KEEPERS", "SnapshotKeeper", "max_snapshot_bytes", "order_for_epoch", "order_for_round"]
 
 NUM_KEEPERS = 4
 """Peers that hold each snapshot, its publisher included; one more than the votes a joiner asks for."""
@@ -33,6 +37,10 @@ NUM_KEPT = 2
 """Snapshots a peer keeps; as many as its record has room for."""
 MAX_DISTANCE = 0.5
 """A stage's snapshot, which has no loss to judge by, may differ so much from the keeper's own weights, relatively."""
+FRESH_ROUNDS = 3
+"""A state so old can still be averaged with; a wanted snapshot comes so long after the last one at the earliest …"""
+WANTED_SHARE = 4
+"""… and after this part of the usual interval: a wish is easily made up, so it must not cost more than so many times the usual."""
 LOSS_MARGIN = 0.15
 """A snapshot may be this much worse (nats per token) than the keeper's own weights."""
 
@@ -40,6 +48,11 @@ LOSS_MARGIN = 0.15
 def order_for_epoch(run: RunId, epoch: int, peers: Iterable[PeerId]) -> list[PeerId]:
     """Peers by lot: the first publishes, the next few keep copies. Everybody computes the same order."""
     return sorted(peers, key=lambda peer: hashlib.sha256(f"{run}/snapshot/{epoch}/{peer}".encode()).digest())
+
+
+def order_for_round(run: RunId, round: int, peers: Iterable[PeerId]) -> list[PeerId]:
+    """The same for a snapshot of one round that somebody wants: another lot every round, since the one drawn may be a liar."""
+    return sorted(peers, key=lambda peer: hashlib.sha256(f"{run}/snapshot-wanted/{round}/{peer}".encode()).digest())
 
 
 def max_snapshot_bytes(num_parameters: int) -> int:
@@ -79,25 +92,44 @@ class SnapshotKeeper:
         self._unavailable: set[str] = set()
         self.held: list[SnapshotRef] = []
 
-    async def after_round(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
-        """Publish if it is this peer's turn; `live` are the other trainers."""
-        if round // self._every == self._epoch:  # not `round % every`: a peer that skips rounds may skip that one
-            return
-        self._epoch = round // self._every
-        await self.publish_in_turn(round, live)
+    async def after_round(self, round: int, live: Mapping[PeerId, PeerRecord], *, is_wanted: bool = False) -> None:
+        """Publish if it is this peer's turn.
+
+        Args:
+            round: just finished.
+            live: the other trainers.
+            is_wanted: whether somebody wants a state.
+        """
+        if round // self._every != self._epoch:  # not `round % every`: a peer that skips rounds may skip that one
+            self._epoch = round // self._every
+            await self.publish_in_turn(round, live)
+        elif is_wanted and round - self._newest_kept(live) >= max(FRESH_ROUNDS, self._every // WANTED_SHARE):
+            await self._publish_if_first(round, order_for_round(self._run, round, _settled(self._peer, live)))
 
     async def publish_in_turn(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
         """Publish the state after `round` if the lot of that round says so."""
-        if order_for_epoch(self._run, round // self._every, [self._peer, *live])[0] == self._peer:
-            data = await self._compute.run(self._trainer.snapshot)
-            try:
-                root = await asyncio.to_thread(self._store.put, data)
-            except UserError as error:  # the disk is full: training is worth more than a state for joiners
-                self._events.emit("snapshot_failed", round=round, reason=str(error))
-                return
-            ref = SnapshotRef(round=round, root=root, size_bytes=len(data))
-            self._hold(ref)
-            self._events.emit("snapshot_published", round=round, root=ref.root[:12])
+        await self._publish_if_first(
+            round, order_for_epoch(self._run, round // self._every, _settled(self._peer, live))
+        )
+
+    def _newest_kept(self, live: Mapping[PeerId, PeerRecord]) -> int:
+        """Round of the newest snapshot that this peer holds, or two others say they do; −1 for none."""
+        shown = Counter(ref for record in live.values() for ref in set(record.snapshots))
+        kept = [*self.held, *(ref for ref, votes in shown.items() if votes > 1)]
+        return max((ref.round for ref in kept), default=-1)
+
+    async def _publish_if_first(self, round: int, order: list[PeerId]) -> None:
+        if order[0] != self._peer:
+            return
+        data = await self._compute.run(self._trainer.snapshot)
+        try:
+            root = await asyncio.to_thread(self._store.put, data)
+        except UserError as error:  # the disk is full: training is worth more than a state for joiners
+            self._events.emit("snapshot_failed", round=round, reason=str(error))
+            return
+        ref = SnapshotRef(round=round, root=root, size_bytes=len(data))
+        self._hold(ref)
+        self._events.emit("snapshot_published", round=round, root=ref.root[:12])
 
     def let_go(self) -> None:
         """Keep none any more: this peer goes to another stage, and those who stay have their own."""
@@ -129,16 +161,20 @@ class SnapshotKeeper:
         for peer, record in live.items():
             for ref in record.snapshots:
                 is_new = max(newest_held, self._refused.get(peer, -1)) < ref.round <= newest_possible
-                if is_new and {peer, self._peer} <= set(self._keepers(ref, live)):
+                if is_new and any({peer, self._peer} <= set(keepers) for keepers in self._keepers(ref, live)):
                     offers.add(ref)
         self._unavailable &= {ref.root for ref in offers}
         return sorted(offers, key=lambda ref: (ref.root in self._unavailable, -ref.round, ref.root))
 
-    def _keepers(self, ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[PeerId]:
-        return order_for_epoch(self._run, ref.round // self._every, [self._peer, *live])[:NUM_KEEPERS]
+    def _keepers(self, ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[list[PeerId]]:
+        """Those of either lot by which this snapshot may have been published."""
+        peers = _settled(self._peer, live)
+        in_turn = order_for_epoch(self._run, ref.round // self._every, peers)
+        return [in_turn[:NUM_KEEPERS], order_for_round(self._run, ref.round, peers)[:NUM_KEEPERS]]
 
     def adopt(self, ref: SnapshotRef) -> None:
-        """Hold the snapshot this peer itself started from."""
+        """Hold the snapshot this peer itself started from; in what is left of this turn it publishes none of its own."""
+        self._epoch = (self._trainer.round - 1) // self._every
         self._hold(ref)
 
     async def _fetch(self, ref: SnapshotRef, donors: list[PeerId]) -> bool:
@@ -181,3 +217,8 @@ class SnapshotKeeper:
 
 def _holders(ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[PeerId]:
     return [peer for peer, record in live.items() if ref in record.snapshots]
+
+
+def _settled(own: PeerId, live: Mapping[PeerId, PeerRecord]) -> list[PeerId]:
+    """Those who take part in the lots."""
+    return [own, *(peer for peer, record in live.items() if not record.wants_state)]

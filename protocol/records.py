@@ -120,3 +120,5 @@ class PeerRecord(_Strict):
     """Newest last."""
     snapshots: Annotated[list[SnapshotRef], Field(max_length=2)] = []
     """Newest last."""
+    wants_state: bool = False
+    """It has no state that it can train with the others from, or an old one: they publish one before its time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -298,5 +299,39 @@ def test_what_a_peer_started_from_it_holds(trainer: Trainer, tmp_path: Path) -> 
             scene.keeper.adopt(ref)
             scene.keeper.adopt(ref)
             assert scene.shown == [ref]
+
+    run_virtual(story())
+
+
+def test_a_wanted_snapshot_comes_before_its_time_but_not_in_every_round(trainer: Trainer, tmp_path: Path) -> None:
+    """However many want one, for however long; and it is drawn anew in each round who publishes."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 1) as nodes:
+            for every, apart in ((EVERY, 3), (40, 10)):
+                scene = Scene(trainer, nodes)
+                scene.keeper._every = every
+                for round in range(81):
+                    trainer.replica.phi.mul_(1.001)
+                    await scene.keeper.after_round(round, {}, is_wanted=True)
+                rounds = [int(fields["round"]) for name, fields in scene.heard if name == "snapshot_published"]
+                assert len(rounds) <= 81 // apart + 81 // every + 1
+                assert max(later - earlier for earlier, later in pairwise(rounds)) <= apart
+
+    run_virtual(story())
+
+
+def test_who_wants_a_state_takes_no_part_in_the_lot(trainer: Trainer, tmp_path: Path) -> None:
+    """Else nobody would publish in its turn, or it would publish its old state."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 1) as nodes:
+            scene = Scene(trainer, nodes)
+            wishing = {p: r.model_copy(update={"wants_state": True}) for p, r in trainers({1: [], 2: []}).items()}
+            rounds = range(0, 80, EVERY)
+            for round in rounds:
+                trainer.replica.phi.mul_(1.001)
+                await scene.keeper.after_round(round, wishing)
+            assert scene.names() == ["snapshot_published"] * len(rounds)
 
     run_virtual(story())

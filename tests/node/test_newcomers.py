@@ -1,0 +1,155 @@
+"""Peers that come, or come back, with a state many rounds old: the others would refuse them for as long again."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from node.freshness import WANTING_ROUNDS, Freshness
+from node.progress import Progress
+from node.snapshots import FRESH_ROUNDS
+from protocol.ids import PeerId, RunId
+from protocol.records import ExchangeNote, PeerRecord
+from protocol.transport import Traffic
+from protocol.virtual_time import run_virtual
+from tests.node.memory_swarm import MemorySwarm
+from tests.node.runs import tiny_run
+from tests.protocol.samples import RUN, identity, record
+
+# ---- whole peers
+
+AGE = 9
+"""Rounds; states of this age were refused 8 times of 8 in such a run."""
+SOON_ROUNDS = 3
+
+
+def fast_swarm(folder: Path) -> MemorySwarm:
+    """A run that moves far in a round, with a snapshot after the first round and none for long."""
+    signed, store = tiny_run(
+        folder,
+        sync__total_rounds=AGE + 8,
+        sync__inner_steps=10,
+        sync__round_target_s=3.0,
+        sync__exchange_timeout_s=10.0,
+        sync__snapshot_rounds=12,
+    )
+    swarm = MemorySwarm(signed, store, folder)
+    for name in (
+        "a",
+        "b",
+        "late",
+    ):  # stores of their own, so that a snapshot is where it was fetched to and nowhere else
+        shutil.copytree(folder / "blobs", folder / name / "blobs")
+    return swarm
+
+
+def ended(swarm: MemorySwarm, name: str, partner: str, *outcomes: str) -> list[int]:
+    """Rounds in which an exchange of these two ended thus for the first one."""
+    known = str(swarm.peers[partner].progress.peer)
+    notes = swarm.named(name, "exchange")
+    return [note["round"] for note in notes if note["partner"] == known and note["outcome"] in outcomes]
+
+
+@pytest.mark.parametrize("kind", ["joiner", "returning"])
+def test_an_old_state_is_replaced_by_a_new_one_and_averaged_with(tmp_path: Path, kind: str) -> None:
+    swarm = fast_swarm(tmp_path)
+    own_rounds = 2 if kind == "returning" else 0
+    comes = own_rounds + AGE
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in ("a", "b"):
+                tasks.create_task(swarm.live(name, own_store=True))
+            if own_rounds:
+                await swarm.live("late", own_store=True, rounds=own_rounds)
+                swarm.events.pop("late")
+            await swarm.until("a", "step", round=comes)
+            await swarm.live("late", own_store=True)
+
+    run_virtual(story())
+    kept = swarm.named("late", "resumed") or swarm.named("late", "state_adopted")
+    assert kept[0]["round"] <= own_rounds, "or its state was not old"
+    assert comes - 1 <= swarm.named("late", "state_adopted")[-1]["round"] <= comes + 1
+    meetings = [("late", "a"), ("late", "b"), ("a", "late"), ("b", "late")]
+    assert {round for pair in meetings for round in ended(swarm, *pair, "refused")} <= set(range(comes + SOON_ROUNDS))
+    accepted = [round for pair in meetings for round in ended(swarm, *pair, "averaged", "clipped")]
+    assert max(accepted) > comes
+    published = [told["round"] for name in swarm.peers for told in swarm.named(name, "snapshot_published")]
+    assert len(published) <= 4, "a wish does not make the swarm publish in every round"
+
+
+# ---- what shows that a state is old
+
+
+ME, A, B, C = (identity(number).peer_id for number in range(4))
+
+
+def note(outcome: Any, *, round: int, partner: PeerId = ME) -> ExchangeNote:
+    return ExchangeNote(round=round, partner=partner, outcome=outcome, seconds=1.0)
+
+
+def others(**notes: Sequence[ExchangeNote]) -> dict[PeerId, PeerRecord]:
+    """Records of A, B and C that tell of these exchanges."""
+    numbers = {"a": 1, "b": 2, "c": 3}
+    return {
+        identity(numbers[name]).peer_id: record(identity(numbers[name]), round=20, recent=list(told))
+        for name, told in notes.items()
+    }
+
+
+def newcomer(*, state_round: int = 10, at_round: int = 20) -> tuple[Freshness, Progress]:
+    progress = Progress(run=RunId(RUN), peer=ME, name="", inner_steps=5, traffic=Traffic())
+    progress.round = at_round
+    freshness = Freshness(progress)
+    freshness.took(state_round=state_round, at_round=at_round, swarm_round=at_round)
+    return freshness, progress
+
+
+def test_only_who_is_old_wants_a_state_and_only_who_is_refused_fetches_it() -> None:
+    freshness, progress = newcomer(state_round=20 - FRESH_ROUNDS)
+    assert not progress.wants_state
+    refusals = others(a=[note("refused", round=20)], b=[note("refused", round=21)])
+    assert not freshness.is_refused(refusals), "whose state is new gives it up for nobody's word"
+    freshness, progress = newcomer(state_round=19 - FRESH_ROUNDS)
+    assert progress.wants_state
+    assert not freshness.is_refused(others(a=[], b=[]))
+    assert freshness.is_refused(others(a=[note("refused", round=20)], b=[]))
+    assert freshness.wanted_round == 20
+
+
+def test_what_it_refused_itself_counts_too() -> None:
+    freshness, progress = newcomer()
+    progress.count_exchange(note("refused", round=20, partner=A))
+    assert freshness.is_refused({})
+    progress.count_exchange(note("averaged", round=21, partner=B))
+    assert not freshness.is_refused({}), "the newest counts"
+    assert progress.wants_state
+
+
+def test_refusals_of_others_and_of_an_earlier_session_do_not_count() -> None:
+    freshness, _ = newcomer()
+    assert not freshness.is_refused(others(a=[note("refused", round=20, partner=B)], b=[note("refused", round=10)]))
+
+
+def test_it_is_content_when_more_averaged_with_it_than_refused_it() -> None:
+    freshness, progress = newcomer()
+    told = others(a=[note("refused", round=20), note("clipped", round=21)], b=[note("refused", round=22)])
+    assert freshness.is_refused(told), "one against one: a liar's word does not keep it from a new state"
+    assert not freshness.is_refused(told | others(c=[note("averaged", round=21)]))
+    assert not progress.wants_state
+    assert not freshness.is_refused(others(a=[note("refused", round=23)])), "and then it is one like all"
+
+
+def test_a_wish_ends() -> None:
+    freshness, progress = newcomer()
+    progress.round += WANTING_ROUNDS - 1
+    freshness.is_refused({})
+    assert progress.wants_state
+    progress.round += 1
+    freshness.is_refused({})
+    assert not progress.wants_state
