@@ -201,7 +201,7 @@ class _Exchanges:
         return [order[index : index + 2] for index in range(0, len(order), 2)]
 
     def _round_bytes(self) -> float:
-        """Bytes that one peer sends: its payload to one partner, twice (N − 1)/N of it in an all-reduce, or to each of the others."""
+        """Bytes that one peer sends: its payload to one partner or to all, or twice (N − 1)/N of it in an all-reduce."""
         payload, others = self._members[0].replica.round_bytes(self._round), len(self._members) - 1
         if self._sync.group != "all":
             return payload
