@@ -9,9 +9,8 @@ Every move keeps the rules, so each state is a plan:
     promote     one microbatch goes before or after another one, or they change places
     cross       two nodes change their stages, and with them all visits
 
-A move is judged by a whole simulated iteration (node/pipeline/replay.py), or the mean of a few (node/pipeline/variants.py). What
-makes that affordable: the threshold of acceptance is drawn before, not after, and the simulation is given up as soon as it
-must end beyond it.
+A move is judged by a whole simulated iteration (node/pipeline/replay.py). What makes that affordable: the threshold of
+acceptance is drawn before, not after, and the simulation is given up as soon as it must end beyond it.
 """
 
 from __future__ import annotations
@@ -30,15 +29,12 @@ from node.pipeline.case import Case
 from node.pipeline.plan import Microbatch, Plan
 from node.pipeline.replay_native import Replayer
 from node.pipeline.rules import orders
-from node.pipeline.variants import variants
 
 __all__ = ["Annealing", "improve"]
 
 _TRIES = 8
 _STEPS_PER_LOOK = 16
 """Moves between two looks at the clock."""
-_LEAST_OF_VARIANT = 0.85
-"""A variant's iteration is hardly shorter than this share of the best plan's mean: who would need that is given up."""
 _LEAST_MEAN_LEFT = 0.7
 """No single move brings the mean end below this share of what it is."""
 
@@ -77,7 +73,7 @@ def improve(case: Case, plan: Plan, annealing: Annealing) -> tuple[Plan, int]:
     """Anneal, starting from `plan`, which keeps the rules.
 
     Returns:
-        The best plan met, and how many plans were tried.
+        The best plan met, and how many iterations were simulated.
     """
     search = _Search(case, plan, annealing)
     begun_s = time.perf_counter()
@@ -96,7 +92,7 @@ class _Search:
     def __init__(self, case: Case, plan: Plan, annealing: Annealing) -> None:
         self._case, self._dispatch, self._annealing = case, plan.dispatch, annealing
         self._rng = random.Random(annealing.seed)
-        self._replayers = [Replayer(each) for each in variants(case)]
+        self._replayer = Replayer(case)
         # In the order of the priorities, since ties go by number.
         microbatches = sorted(plan.microbatches, key=lambda each: each.priority)
         self._paths = [list(each.path) for each in microbatches]
@@ -115,7 +111,6 @@ class _Search:
         self._moves = self._choose_moves()
         self.num_evaluations = 0
         self._ends, self._new_ends = np.zeros(len(microbatches)), np.zeros(len(microbatches))
-        self._variant_ends = np.zeros(len(microbatches))
         self._cost, self._best_s, self._mean_end = math.inf, math.inf, 0.0
         self._remember(self._evaluate(math.inf))
         self._cost = self._cost_of(self._best_s)
@@ -142,25 +137,9 @@ class _Search:
         """Simulate the table as it is, giving up what must cost more than `most`."""
         self.num_evaluations += 1
         spare = self._annealing.mean_weight * _LEAST_MEAN_LEFT * self._mean_end
-        number = len(self._replayers)
-        left_s = number * (most - spare)
-        least_s = _LEAST_OF_VARIANT * self._best_s if number > 1 and self._best_s < math.inf else 0.0
-        total_s = 0.0
-        for place, replayer in enumerate(self._replayers):
-            cutoff_s = left_s - total_s - (number - 1 - place) * least_s
-            seconds = replayer.run(
-                self._table, self._priorities, dispatch=self._dispatch, cutoff_s=cutoff_s, ends=self._variant_ends
-            )
-            if seconds == math.inf:
-                return math.inf
-            total_s += seconds
-            if place == 0:
-                self._new_ends[:] = self._variant_ends
-            else:
-                self._new_ends += self._variant_ends
-        if number > 1:
-            self._new_ends /= number
-        return total_s / number
+        return self._replayer.run(
+            self._table, self._priorities, dispatch=self._dispatch, cutoff_s=most - spare, ends=self._new_ends
+        )
 
     def _cost_of(self, seconds: float) -> float:
         """The iteration's end, and a little of its microbatches' mean end: that tells which of two equal plans is nearer to a

@@ -1,10 +1,10 @@
 """What the links from other stage peers to this one can carry, measured in use and by small probes.
 
 Every peer measures what it receives: the goodput of the activations and gradients that come in, and, with one peer per heartbeat,
-a probe: three empty round trips and, until enough is known of the link, as much as a microbatch's activations: TCP begins
-slowly, and the goodput of less, or of more, says little of theirs. It publishes both in its signed record, so both directions of
-every link are known, each from the end that can tell. Of several transfers at once each has a part of the line, and nobody
-knows of how many the sender has; so what counts is the upper quartile of the latest measurements, not their mean.
+a probe: three empty round trips and, until enough is known of the link, as much as a microbatch's activations, or what half a
+second carries: TCP begins slowly, and the goodput of less, or of more, says little of theirs. It publishes both in its signed
+record, so both directions of every link are known, each from the end that can tell. Of several transfers at once each has a
+part of the line, and nobody knows of how many the sender has; so what counts is the upper quartile of the latest measurements.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ __all__ = ["PROBE_PROTOCOL", "Links", "tail_of"]
 
 PROBE_PROTOCOL = "/llm-node/probe/1"
 LEAST_BYTES, MOST_BYTES = 32 << 10, 512 << 10
-"""Bounds of what a probe carries."""
+PROBED_S = 0.5
+"""A probe carries as much as a payload, but no more than the link does in this time, and is within the bounds above."""
 ENOUGH, FRESH_S = 4, 300.0
 """From so many transfers on, probes are empty while the latest one is no older than that."""
 NUM_PINGS = 3
@@ -126,7 +127,7 @@ class Links:
             link.round_trip_s = min(pings)
             if link.is_known(asyncio.get_running_loop().time()):
                 return
-            num_bytes = self._probe_bytes
+            num_bytes = round(min(self._probe_bytes, max(link.goodput * PROBED_S, LEAST_BYTES)))
             seconds = await self._ask(stream, num_bytes)
             # What is hardly longer than the round trip says only that the link is fast.
             self.note_transfer(peer, num_bytes, max(seconds - link.round_trip_s, 0.1 * seconds))

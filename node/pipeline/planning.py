@@ -28,7 +28,7 @@ from node.pipeline.published import (
     planners,
 )
 from node.pipeline.solver import replan
-from node.pipeline.variants import NUM_VARIANTS, expected_s
+from node.pipeline.variants import expected_s
 from protocol.errors import UserError
 from protocol.identity import Identity
 from protocol.ids import PeerId
@@ -87,7 +87,7 @@ class Planning:
             return  # too large to be passed on
         newest = self._book.newest
         incumbent = None if newest is None else newest.restricted(members, case)
-        tasks = 2 * NUM_VARIANTS * case.path_length * len(members) * self._spec.microbatches
+        tasks = 2 * case.path_length * len(members) * self._spec.microbatches
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         try:

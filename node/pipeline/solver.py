@@ -26,6 +26,7 @@ from protocol.errors import UserError
 __all__ = ["Solution", "replan", "solve"]
 
 _SCOUTS = 3
+_FIRST_PLANS = 2
 _SCOUTING_SHARE = 0.3
 """Of the time, for short runs from several first plans; the best of them is then improved with the rest."""
 
@@ -112,7 +113,7 @@ def replan(
     seconds: float,
     max_evaluations: int,
 ) -> Plan:
-    """Plan a swarm that is at work: a quick search in this process, from a new plan, and from the present one if there is one.
+    """Plan a swarm that is at work: quick searches in this process, from new plans, and from the present one if there is one.
 
     Args:
         incumbent: keeps the rules of `case`.
@@ -123,8 +124,8 @@ def replan(
     Raises:
         UserError: there is no plan.
     """
-    first = replace(construct(case, seed=seed), dispatch=dispatch)
-    starts = [first] if incumbent is None else [first, replace(incumbent, dispatch=dispatch)]
+    new = [construct(case, seed=first) for first in range(seed, seed + _FIRST_PLANS)]
+    starts = [replace(plan, dispatch=dispatch) for plan in (new if incumbent is None else [*new, incumbent])]
     share = Annealing(seconds=seconds / len(starts), seed=seed, max_evaluations=max(1, max_evaluations // len(starts)))
     found = [improve(case, start, share)[0] for start in starts]
     return min(found, key=lambda plan: expected_s(case, plan))
@@ -158,7 +159,7 @@ def _search(job: _Job) -> tuple[Plan, int]:
         )
         scouts.append(found)
         num_evaluations += count
-    best = min(scouts, key=lambda each: expected_s(job.case, each))
+    best = min(scouts, key=lambda each: replay(job.case, each)[0])
     last, count = improve(
         job.case, best, Annealing(seconds=max(0.0, job.ends_at - time.time()), seed=~job.seed & 0xFFFF)
     )

@@ -83,7 +83,7 @@ def test_what_others_wait_for_is_not_behind_a_pass() -> None:
                     beside.add((compute, function.__name__))
                     return await compute.run(function, *args)
 
-                each.compute.run_beside = run  # type: ignore[method-assign]
+                each.compute.run_beside = run  # type: ignore[method-assign,assignment]
             await train_all(pipeline, [pipeline.path(0, 1)] * 2)
             computes = [each.compute for each in pipeline.peers]
             assert beside == {(compute, name) for compute in computes for name in ("decode", "commit")}
