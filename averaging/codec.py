@@ -60,7 +60,7 @@ def codec_named(name: str, *, compiled: bool = False, rounding: Rounding = "near
         case "e3m0":
             return E3M0Codec(compiled=compiled)
         case "topk":
-            return TopkCodec()
+            return TopkCodec(compiled=compiled)
         case "lattice":
             return LatticeCodec(compiled=compiled)
     known = ", ".join(dict.fromkeys(DELTA_CODECS + SLOW_CODECS))

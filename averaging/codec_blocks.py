@@ -105,11 +105,18 @@ class E3M0Codec(ScaledCodec):
 
 
 class TopkCodec(Codec):
-    """The 64 largest of 4096 at two bits each, see kernels/sparse.py. Only of use with error feedback."""
+    """The 64 largest of 4096 at two bits each, see kernels/sparse.py. Only of use with error feedback.
+
+    Args:
+        compiled: in C where there is a compiler.
+    """
 
     name = "topk"
     lossy = True
     block = TOPK.block_size
+
+    def __init__(self, *, compiled: bool = False) -> None:
+        self._compiled = compiled
 
     def num_bytes(self, numel: int) -> int:
         return TOPK.num_bytes(numel)
@@ -124,10 +131,10 @@ class TopkCodec(Codec):
         motion: Tensor | None = None,
         seed: int = 0,
     ) -> None:
-        topk_encode(x, out=payload, start=start, scratch=scratch)
+        topk_encode(x, out=payload, start=start, scratch=scratch, native=self._compiled)
 
     def decode(self, payload: Tensor, out: Tensor, *, start: int = 0, near: Tensor | None = None) -> int:
-        topk_decode(payload, out, start=start)
+        topk_decode(payload, out, start=start, native=self._compiled)
         return 0
 
     def decode_add(
@@ -140,7 +147,7 @@ class TopkCodec(Codec):
         scratch: Tensor | None = None,
         near: Tensor | None = None,
     ) -> int:
-        topk_decode_add(payload, out, weight=weight, start=start)
+        topk_decode_add(payload, out, weight=weight, start=start, native=self._compiled)
         return 0
 
 

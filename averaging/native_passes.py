@@ -4,7 +4,8 @@ An exchange of a large model is bound by memory. Eager torch (averaging/passes.p
 torch.compile (averaging/fused.py) takes ten seconds of compiling and knows only what sends θ alone. Here a pass reads each vector
 once and writes it once. The rules are those of passes.py; sums are rounded differently, and so may be the last bit of a value.
 
-The one format that is not in C is topk: torch selects and scatters, tile by tile, and the passes take its values as fp32.
+The one format that these passes do not read themselves is topk, with its chunks of 4096: kernels/sparse.c selects and scatters,
+tile by tile, and the passes take its values as fp32.
 """
 
 from __future__ import annotations

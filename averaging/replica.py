@@ -84,7 +84,7 @@ class Replica:
         self.admission = Admission(config.admission)
         self.theta = theta
         self.phi = in_huge_pages(torch.empty_like(theta)).copy_(theta)
-        self._payloads = Payloads(numel, config, device=device, compiled=compiled)
+        self._payloads = Payloads(numel, config, device=device, compiled=compiled or native)
         self.momentum = in_huge_pages(torch.zeros(numel if outer.has_momentum else 0, device=device))
         carries_error = outer.sends_delta and self._payloads.delta_codec.lossy
         self.residual = in_huge_pages(torch.zeros(numel if carries_error else 0, device=device))

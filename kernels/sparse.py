@@ -11,21 +11,27 @@ What was not sent is most of the vector: without error feedback this format is u
 outside a chunk, so hostile bytes do no harm; an index that occurs twice counts twice, in `topk_decode` as in
 `topk_decode_add`. A chunk that holds NaN or Inf decodes to one that holds NaN or Inf.
 
-No compiled route: selection takes nearly all the time, and it is torch's own routine either way.
+No route through torch.compile: selection takes nearly all the time, and it is torch's own routine either way. kernels/sparse.c
+selects eight times as fast, and gives the same bytes where no two values of a chunk have the same size.
 
 Shape legend: N elements, C chunks of 4096.
 """
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from kernels.blocks import SMALLEST_NORMAL, split_fields, tiles
 from kernels.formats import TOPK
+from kernels.native import compiled_library
 
 __all__ = ["NUM_KEPT", "topk_decode", "topk_decode_add", "topk_encode"]
 
+SOURCE = Path(__file__).with_name("sparse.c")
 NUM_KEPT = 64
 """Values that travel per chunk."""
 
@@ -34,7 +40,7 @@ _DEPTH = 8
 _FIELDS = 4, 16, 96
 
 
-def topk_encode(x: Tensor, *, out: Tensor, start: int = 0, scratch: Tensor | None = None) -> None:
+def topk_encode(x: Tensor, *, out: Tensor, start: int = 0, scratch: Tensor | None = None, native: bool = False) -> None:
     """Encode a tensor, or one slice of it, into a payload.
 
     Args:
@@ -42,31 +48,42 @@ def topk_encode(x: Tensor, *, out: Tensor, start: int = 0, scratch: Tensor | Non
         out: uint8 payload of the WHOLE tensor.
         start: position of x[0] in the whole tensor, a multiple of 4096; x must end at a multiple of 4096 or at the end.
         scratch: fp32 working memory of at least one tile (`dispatch.tile_numel`) or N, apart from x; allocated when absent.
+        native: in C, where there is a compiler and the tensors are on the CPU.
     """
+    if native and (library := _library(x, out)) is not None:
+        assert start % _CHUNK == 0
+        assert -(-(start + x.numel()) // _CHUNK) * TOPK.block_bytes <= out.numel(), "slice lies beyond the payload"
+        library.llm_node_topk_encode(x.data_ptr(), x.numel(), out.data_ptr(), out.numel() // TOPK.block_bytes, start)
+        return
     for tile in tiles((x,), _fields(out), TOPK, start=start, compiled=False, scratch=scratch):
         levels, codes, indices = tile.fields
         _encode_chunks(tile.vectors[0], levels, codes, indices, tile.scratch)
 
 
-def topk_decode(payload: Tensor, out: Tensor, *, start: int = 0) -> None:
+def topk_decode(payload: Tensor, out: Tensor, *, start: int = 0, native: bool = False) -> None:
     """Decode a payload, or one slice of it: out ← values, zero where none was sent.
 
     Args:
         payload: uint8 payload of the WHOLE tensor.
         out: fp32 [N], contiguous.
-        start: position of out[0] in the whole tensor, as in `topk_encode`.
+        start, native: as in `topk_encode`; start is the position of out[0].
     """
-    out.zero_()
-    _scatter(payload, out, start, weight=1.0)
+    topk_decode_add(payload, out.zero_(), weight=1.0, start=start, native=native)
 
 
-def topk_decode_add(payload: Tensor, out: Tensor, *, weight: float, start: int = 0) -> None:
+def topk_decode_add(payload: Tensor, out: Tensor, *, weight: float, start: int = 0, native: bool = False) -> None:
     """Decode and accumulate: out ← out + weight × values; touches only the values that were sent.
 
     Args:
-        payload, out, start: as in `topk_decode`.
+        payload, out, start, native: as in `topk_decode`.
         weight: factor on the decoded values.
     """
+    if native and (library := _library(payload, out)) is not None:
+        assert start % _CHUNK == 0
+        num_chunks = payload.numel() // TOPK.block_bytes
+        assert -(-(start + out.numel()) // _CHUNK) <= num_chunks, "slice lies beyond the payload"
+        library.llm_node_topk_add(payload.data_ptr(), num_chunks, start, out.data_ptr(), out.numel(), weight)
+        return
     _scatter(payload, out, start, weight=weight)
 
 
@@ -134,3 +151,17 @@ def _fields(payload: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of a payload: levels bfloat16 [C, 2], codes uint8 [C, 16], indices uint8 [C, 96]."""
     levels, codes, indices = split_fields(payload, _FIELDS)
     return levels.view(torch.bfloat16), codes, indices
+
+
+def _library(*tensors: Tensor) -> ctypes.CDLL | None:
+    """kernels/sparse.c, if it can be used for these."""
+    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
+        return None
+    library = compiled_library(SOURCE)
+    if library is not None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        library.llm_node_topk_encode.argtypes = pointer, integer, pointer, integer, integer
+        library.llm_node_topk_add.argtypes = pointer, integer, integer, pointer, integer, ctypes.c_float
+        for function in (library.llm_node_topk_encode, library.llm_node_topk_add):
+            function.restype = None
+    return library

@@ -1,15 +1,27 @@
 """Top-k with two levels, against brute force in numpy."""
 
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import sparse
 from kernels.formats import TOPK
 from kernels.sparse import NUM_KEPT, topk_decode, topk_decode_add, topk_encode
 from tests.kernels.samples import TILE, gradient_like
 
 SIZES = [1, 64, 100, 4095, 4096, 4097, 3 * 4096 + 5, TILE, TILE + 4096 + 9]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["torch", "C"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for both."""
+    for name in ("topk_encode", "topk_decode", "topk_decode_add"):
+        function = partial(getattr(sparse, name), native=request.param)
+        monkeypatch.setattr(sys.modules[__name__], name, function)
 
 
 def encoded(x: Tensor) -> Tensor:
@@ -42,6 +54,19 @@ def test_the_largest_values_are_sent_with_their_signs(numel: int) -> None:
         if (sent != 0).sum() == NUM_KEPT and unsent.numel():
             assert unsent.max() <= chunk.abs()[sent != 0].min()
         assert len(set(sent.abs()[sent != 0].tolist())) <= 2
+
+
+@pytest.mark.parametrize("numel", SIZES)
+def test_both_routes_give_the_same_bytes_and_values(numel: int) -> None:
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(2)) * 1e-3 + 1e-9  # no two of the same size
+    payloads = [torch.full((TOPK.num_bytes(numel),), 0xA5, dtype=torch.uint8) for _ in range(2)]
+    added = [torch.ones(numel) for _ in range(2)]
+    for native in (False, True):
+        sparse.topk_encode(x, out=payloads[native], native=native)
+        sparse.topk_decode_add(payloads[0], added[native], weight=0.3, native=native)
+    if numel % 4096 in (0, *range(64, 4096)):  # else the rest of the 64 are zeros of the padding, in any order
+        assert torch.equal(*payloads)
+    assert torch.equal(*added)
 
 
 def test_the_two_levels_are_the_best_ones() -> None:
