@@ -185,10 +185,9 @@ SPARSE = [OuterConfig(algorithm="pair-average"), OuterConfig(theta_only=True)]
 RANDOM = replace(OPEN, outer=SPARSE[0], fragments=3, fragment_choice="random", slow_codec="fp32")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("outer", SPARSE, ids=lambda outer: outer.algorithm)
-def test_a_random_share_is_averaged_and_the_rest_is_left_alone(outer: OuterConfig, compiled: bool) -> None:
-    replicas = swarm(2, replace(RANDOM, outer=outer, compiled=compiled), numel=NUMEL)
+def test_a_random_share_is_averaged_and_the_rest_is_left_alone(outer: OuterConfig) -> None:
+    replicas = swarm(2, replace(RANDOM, outer=outer), numel=NUMEL)
     whole = swarm(2, replace(RANDOM, outer=outer, fragments=1, fragment_choice="turn"), numel=NUMEL)
     for round in (0, 5):
         for pair in (replicas, whole):
