@@ -11,6 +11,7 @@ from torch import Tensor
 
 from averaging.admission import Admission, Distances, Verdict, token_shares
 from averaging.codec import payload_tensor
+from averaging.fragments import Fragments
 from averaging.replica_config import ReplicaConfig
 from averaging.update import RemoteUpdate, Update
 from protocol.errors import ProtocolError
@@ -101,14 +102,14 @@ class Measurement:
 
 
 def read_partners(
-    updates: Sequence[RemoteUpdate], *, own: Update, num_fragments: int, device: torch.device
+    updates: Sequence[RemoteUpdate], *, own: Update, fragments: Fragments, device: torch.device
 ) -> tuple[list[Partner], dict[PeerId, Verdict]]:
     """Bytes to tensors.
 
     Args:
         updates: as received.
         own: our update of this round, whose lengths and fragment theirs must have.
-        num_fragments: F.
+        fragments: what each round exchanges.
         device: where the step runs.
 
     Returns:
@@ -118,7 +119,7 @@ def read_partners(
     refused: dict[PeerId, Verdict] = {}
     for update in updates:
         lag_rounds = abs(update.round - own.round)
-        if lag_rounds % num_fragments:
+        if not fragments.is_same(update.round, own.round):
             refused[update.peer] = Verdict.refused(f"round {update.round} has another fragment than round {own.round}")
             continue
         try:

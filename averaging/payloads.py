@@ -51,13 +51,13 @@ class Payloads:
         self.delta_codec = codec_named(config.delta_codec, compiled=compiled)
         self.slow_codec = codec_named(config.slow_codec, compiled=compiled)
         uses_lattice = config.outer.sends_slow and config.slow_codec == "lattice"
-        self.window = (
-            LatticeWindow(num_parameters, num_fragments=config.fragments, device=device) if uses_lattice else None
-        )
-        # Fragment 0 is the longest; the other rounds use a part of its buffers.
+        # Random fragments have one drift for all: what was alone is not what is exchanged next, but as wide on the average.
+        num_drifts = 1 if config.fragment_choice == "random" else config.fragments
+        self.window = LatticeWindow(num_parameters, num_fragments=num_drifts, device=device) if uses_lattice else None
+        # For the longest fragment; the other rounds use a part of these buffers.
         self._delta_room, self._slow_room = (
             in_huge_pages(torch.zeros(num_bytes, dtype=torch.uint8, device=device))
-            for num_bytes in config.payload_bytes(num_parameters)
+            for num_bytes in config.max_payload_bytes(num_parameters)
         )
         self.delta, self.slow = self._delta_room, self._slow_room
         self.group_mean: Tensor | None = None

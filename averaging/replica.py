@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from averaging.admission import Admission, Verdict
-from averaging.fragments import Fragments
 from averaging.fused import FusedPasses, is_fusible
 from averaging.native_passes import NativePasses, is_native
 from averaging.partners import Measurement, Partner, read_partners, weigh_partners
@@ -97,16 +96,16 @@ class Replica:
             residual=self.residual,
             anchor=in_huge_pages(torch.empty_like(theta)) if is_anchored else self.phi,
         )
-        fragments = Fragments(numel, config.fragments)
+        self._fragments = config.division(numel)
         route = NativePasses if native else FusedPasses if fused else TiledPasses
-        self._passes: Passes = route(vectors, self._payloads, fragments, config)
+        self._passes: Passes = route(vectors, self._payloads, self._fragments, config)
         self._packed: Update | None = None
         self._delta_norm = 0.0
 
     @property
     def num_payload_bytes(self) -> int:
-        """Bytes sent per partner in the round of fragment 0, which is the longest; without fragments, in every round."""
-        return self.round_bytes(0)
+        """Bytes sent per partner in the round of the longest fragment; without fragments, in every round."""
+        return sum(self.config.max_payload_bytes(self.theta.numel()))
 
     def round_bytes(self, round: int) -> int:
         """Exact bytes sent per partner in one round, Δ and φ together; each partner sends as many."""
@@ -153,7 +152,7 @@ class Replica:
         readable, verdicts = read_partners(
             partners,
             own=own if group_mean is None else replace(own, delta=memoryview(b"")),
-            num_fragments=self.config.fragments,
+            fragments=self._fragments,
             device=self.theta.device,
         )
         readable.sort(key=lambda partner: partner.peer)

@@ -6,7 +6,7 @@ next few peers in that order fetch it, measure its held-out loss, and if it is a
 record too: that is a vote. A joiner takes a state for which enough independent peers vote (node/catchup.py) and downloads
 it from all of them at once. It is immutable, so a download never blocks anybody's training.
 
-Where the newest snapshot is some rounds old and somebody wants a state (node/freshness.py), the next one comes before its time: each
+Where the newest snapshot is some rounds old and somebody wants a state (node/freshness.py), one comes before its time: each
 round has a lot of its own for that. Whoever wants a state takes no part in the lots, since its own is old.
 """
 

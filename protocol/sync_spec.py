@@ -80,6 +80,9 @@ class SyncSpec(Section):
     """Whether an exchange runs under the next round's inner steps instead of stopping them."""
     fragments: int = Field(default=1, ge=1, le=64)
     """Parts of the model that are exchanged in turn, one per round; divides total_rounds, and needs max_lag_rounds = 0."""
+    fragment_choice: Literal["turn", "random"] = "turn"
+    """turn: fragments one after another; random: a share 1/fragments of the model, drawn anew for each round (sparse continuous
+    averaging, with few inner_steps). random is for pair-average and noloco's theta_only in pairs."""
     blend: float = Field(default=0.0, ge=0.0, lt=1.0)
     """With fragments: share a of the local weights in θ ← a·θ + (1 − a)·outer step."""
     delta_codec: Literal["fp32", "bf16", "q8", "q4", "e3m0", "topk"] = "q8"
@@ -155,12 +158,19 @@ class SyncSpec(Section):
         if self.fragments == 1:
             if self.blend > 0.0:
                 raise ValueError("sync.blend needs sync.fragments > 1; set blend to 0")
+            if self.fragment_choice == "random":
+                raise ValueError("sync.fragment_choice random needs sync.fragments > 1: a share 1/fragments is drawn")
             return self
         if self.algorithm == "local":
             raise ValueError("sync.fragments must be 1 for local, which exchanges nothing")
         if self.max_lag_rounds > 0:
             raise ValueError("sync.max_lag_rounds must be 0 with fragments, since each round has another one")
-        if self.total_rounds % self.fragments:
+        if self.fragment_choice == "random":
+            if self.group != "pair" or not (self.algorithm == "pair-average" or self.theta_only):
+                raise ValueError(
+                    "sync.fragment_choice random needs pair-average, or noloco with theta_only, in pairs; set it to turn"
+                )
+        elif self.total_rounds % self.fragments:
             raise ValueError(
                 f"sync.total_rounds {self.total_rounds} must be a multiple of sync.fragments {self.fragments}"
             )

@@ -10,7 +10,7 @@ import torch
 from averaging.fragments import Fragments
 from averaging.outer import OuterConfig
 from averaging.replica import Replica, ReplicaConfig
-from tests.averaging.replicas import LOSSY, OPEN, exchange, noise, received, swarm, train
+from tests.averaging.replicas import LOSSY, OPEN, exchange, meet, noise, received, swarm, train
 
 NUMEL = 6 * 4096 + 300  # seven stripes, the last one short
 
@@ -148,3 +148,104 @@ def test_blend_keeps_the_progress_made_meanwhile() -> None:
     for replica in (still, moving):
         replica.apply([])
     torch.testing.assert_close(moving.theta, still.theta + progress, rtol=0, atol=1e-6)
+
+
+# ---- random fragments
+
+
+def covered(fragments: Fragments, round: int, numel: int) -> torch.Tensor:
+    """What a round exchanges, bool [numel]; its pieces are in order and begin at whole blocks."""
+    seen, start = torch.zeros(numel, dtype=torch.bool), 0
+    for piece in fragments.pieces(fragments.index(round), max_numel=8192):
+        assert piece.start == start
+        assert piece.start % 4096 == 0
+        assert not seen[piece.span].any()
+        seen[piece.span] = True
+        start += piece.span.stop - piece.span.start
+    assert start == fragments.numel(fragments.index(round)) <= fragments.max_numel
+    return seen
+
+
+@pytest.mark.parametrize("numel", [64 * 4096 + 1, 1_000_000])
+def test_random_fragments_are_of_one_size_and_favour_nobody(numel: int) -> None:
+    first, again = (Fragments(numel, 8, choice="random") for _ in range(2))
+    rounds = 200
+    times = torch.zeros(numel)
+    for round in range(rounds):
+        seen = covered(first, round, numel)
+        assert torch.equal(seen, covered(again, round, numel)), "both ends draw alike"
+        times += seen
+        assert abs(int(seen.sum()) - first.max_numel) < first.stripe_numel
+        assert not first.is_same(round, round + 8)
+    share = first.max_numel / numel
+    assert float((times / rounds - share).abs().max()) < 5 * (share / rounds) ** 0.5
+
+
+SPARSE = [OuterConfig(algorithm="pair-average"), OuterConfig(theta_only=True)]
+RANDOM = replace(OPEN, outer=SPARSE[0], fragments=3, fragment_choice="random", slow_codec="fp32")
+
+
+@pytest.mark.parametrize("outer", SPARSE, ids=lambda outer: outer.algorithm)
+def test_a_random_share_is_averaged_and_the_rest_is_left_alone(outer: OuterConfig) -> None:
+    replicas = swarm(2, replace(RANDOM, outer=outer), numel=NUMEL)
+    whole = swarm(2, replace(RANDOM, outer=outer, fragments=1, fragment_choice="turn"), numel=NUMEL)
+    for round in (0, 5):
+        for pair in (replicas, whole):
+            for number, replica in enumerate(pair):
+                train(replica, 10 * round + number)
+        before = [replica.theta.clone() for replica in replicas]
+        exchange(replicas, round=round)
+        inside = covered(Fragments(NUMEL, 3, choice="random"), round, NUMEL)
+        for replica, old in zip(replicas, before, strict=True):
+            assert torch.equal(replica.theta[~inside], old[~inside])
+        if outer.algorithm == "pair-average":
+            mean = (before[0] + before[1]) / 2
+            for replica in replicas:
+                torch.testing.assert_close(replica.theta[inside], mean[inside], rtol=0, atol=1e-7)
+        elif round == 0:  # what is exchanged is exchanged as in a whole round
+            exchange(whole, round=0)
+            torch.testing.assert_close(replicas[0].theta[inside], whole[0].theta[inside], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("slow_codec", ["fp32", "bf16", "q8", "q4", "lattice"])
+def test_bytes_of_random_shares_are_exact(slow_codec: str) -> None:
+    config = replace(RANDOM, slow_codec=slow_codec)
+    replica = Replica(noise(0, numel=NUMEL), config)
+    for round in range(9):
+        update = replica.pack(round=round, tokens=1)
+        assert (update.delta.nbytes, update.slow.nbytes) == config.payload_bytes(NUMEL, round)
+        assert update.num_bytes == replica.round_bytes(round) <= replica.num_payload_bytes
+        replica.apply([])
+
+
+@pytest.mark.parametrize("outer", SPARSE, ids=lambda outer: outer.algorithm)
+def test_random_shares_keep_replicas_together_in_four_bits(outer: OuterConfig) -> None:
+    """Half of the progress private, a third of the weights per round; every fourth round nobody is there."""
+    config = replace(LOSSY, outer=outer, fragments=3, fragment_choice="random", slow_codec="lattice")
+    replicas, apart, unreadable = swarm(4, config, numel=NUMEL), [], []
+    generator = torch.Generator().manual_seed(0)
+    for round in range(80):
+        for number, replica in enumerate(replicas):
+            train(replica, 10**6 + round, scale=1e-3)
+            train(replica, 100 * round + number, scale=1e-3)
+        outcomes = meet(replicas, range(4 if round % 4 else 0), generator, round=round)
+        unreadable += [outcome.unreadable_share for outcome in outcomes]
+        stack = torch.stack([replica.theta for replica in replicas])
+        apart.append(float((stack - stack.mean(0)).norm(dim=1).mean()))
+    alone = 1e-3 * NUMEL**0.5 * 80**0.5  # how far random walks go
+    assert max(apart[40:]) < 0.5 * alone
+    assert sum(unreadable) / len(unreadable) < 0.03
+
+
+def test_random_shares_of_different_rounds_do_not_meet() -> None:
+    replicas = swarm(2, RANDOM, numel=NUMEL)
+    update = received(replicas[1].pack(round=3, tokens=1), 1)
+    replicas[0].pack(round=0, tokens=1)
+    assert replicas[0].apply([update]).kind == "refused"
+
+
+def test_random_fragments_of_delta_are_refused() -> None:
+    with pytest.raises(ValueError, match="sends θ alone"):
+        replace(RANDOM, outer=OuterConfig())
+    with pytest.raises(ValueError, match="fragments > 1"):
+        replace(RANDOM, fragments=1)

@@ -26,7 +26,16 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
-    "more", [{}, {"late_steps": True}, {"members": 3}, {"fragments": 2}, {"fragments": 2, "blend": 0.5}], ids=str
+    "more",
+    [
+        {},
+        {"late_steps": True},
+        {"members": 3},
+        {"fragments": 2},
+        {"fragments": 2, "blend": 0.5},
+        {"fragments": 2, "fragment_choice": "random"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("outer", [PAIR, THETA, replace(THETA, staleness_penalty=0.6)], ids=["pair", "theta", "late"])
 @pytest.mark.parametrize("codec", CODECS)

@@ -45,6 +45,11 @@ def _pair(*, inner_steps: int) -> dict[str, Any]:
     return {"algorithm": "pair-average", "inner_steps": inner_steps, "slow_codec": "lattice"}
 
 
+def _random(*, share: int, inner_steps: int) -> dict[str, Any]:
+    """A random 1/share of the weights, averaged with a partner (sparse continuous averaging)."""
+    return _pair(inner_steps=inner_steps) | {"fragments": share, "fragment_choice": "random"}
+
+
 _DILOCO = {"algorithm": "diloco", "inner_steps": 50, "gamma": 0.0, **PLAIN}
 
 METHODS: dict[str, Cell] = {
@@ -65,6 +70,7 @@ ATTEMPTS: dict[str, Cell] = {
     "pair-average lattice, H 6": _cell("pair-average lattice, H 6", 3e-3, sync=_pair(inner_steps=6)),
     "pair-average lattice, H 9": _cell("pair-average lattice, H 9", 3e-3, sync=_pair(inner_steps=9)),
     "pair-average lattice, H 32": _cell("pair-average lattice, H 32", 1.5e-3, sync=_pair(inner_steps=32)),
+    "random quarter, every step": _cell("random quarter, every step", 1.5e-3, sync=_random(share=4, inner_steps=1)),
     "diloco, 4 bits": _cell("diloco, 4 bits", 1.5e-3, sync=_DILOCO | {"delta_codec": "e3m0"}),
     "diloco, lr 1e-3": _cell("diloco, lr 1e-3", 1e-3, sync=_DILOCO),
     "diloco, lr 2e-3": _cell("diloco, lr 2e-3", 2e-3, sync=_DILOCO),

@@ -52,6 +52,8 @@ MODEL = ModelConfig(
     num_kv_heads=3,
     max_sequence_tokens=SEQUENCE_TOKENS,
 )
+_LATER_FIELDS = {"fragment_choice": "turn"}
+"""Settings that came after the first stored runs, with the value that those had."""
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.2
 
@@ -83,7 +85,11 @@ class Cell:
 
 def cell_key(cell: Cell) -> str:
     """Names a cell by everything that decides its result but the code."""
-    fields = asdict(cell) | {"sync": sync_spec(cell).model_dump()}  # with all defaults as they are now
+    sync = sync_spec(cell).model_dump()  # with all defaults as they are now
+    for name, default in _LATER_FIELDS.items():
+        if sync[name] == default:
+            del sync[name]
+    fields = asdict(cell) | {"sync": sync}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from protocol.manifest import SyncSpec
-from tests.benchmarks import report, report_plots, report_run
+from tests.benchmarks import report, report_plots, report_run, stored_runs
 from tests.benchmarks.convergence import METHODS
-from tests.benchmarks.convergence_cell import cell_key, sync_spec
+from tests.benchmarks.convergence_cell import Cell, cell_key, sync_spec
 from tests.benchmarks.report_run import BenchmarkError, load_result, run_benchmark
 from tests.benchmarks.report_tables import arranged, cell, headline, render_tables
 
@@ -288,3 +288,13 @@ def test_a_stored_run_counts_only_with_the_same_settings() -> None:
     same = replace(cell, sync={})
     assert cell_key(same) == cell_key(cell)
     assert cell_key(replace(cell, sync={"inner_steps": 36})) != cell_key(cell)
+
+
+def test_a_new_setting_does_not_orphan_the_stored_runs() -> None:
+    """Runs of hours are found again by keys made of all settings, those that came later included."""
+    lines = stored_runs.stored(report.DOCS / "benchmarks" / "convergence_runs.jsonl")
+    assert len(lines) > 20
+    assert all(cell_key(Cell(**line["cell"])) == key for key, line in lines.items())
+    sparse = {"algorithm": "pair-average", "fragments": 4}
+    keys = {cell_key(replace(METHODS["default"], sync=sparse | more)) for more in ({}, {"fragment_choice": "random"})}
+    assert len(keys) == 2

@@ -291,6 +291,47 @@ def test_a_training_peer_takes_the_swarm_s_weights_and_keeps_its_round(trainer: 
     run_virtual(story())
 
 
+def test_whoever_wants_a_newer_state_takes_no_older_one_and_no_liar_s(trainer: Trainer, tmp_path: Path) -> None:
+    """The usual votes are needed, however new a state is, and however much the others are said to have refused us."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 4) as nodes:
+            scene = Scene(trainer, nodes)
+            trainer.round = 20
+            before = trainer.replica.phi.clone()
+            old = reference(10, weights_like(trainer, 1.01), *nodes[1:3])
+            lie = reference(19, weights_like(trainer, 0.99), nodes[3])
+            await scene.show({1: [old], 2: [old], 3: [lie]}, round=20)
+            assert await scene.fetcher.refetch(at_least=15) is None
+            assert torch.equal(trainer.replica.phi, before)
+            new = reference(18, weights_like(trainer, 1.02), *nodes[1:3])
+            await scene.show({1: [old, new], 2: [old, new], 3: [lie]}, round=20)
+            assert await scene.fetcher.refetch(at_least=15) == new
+            assert torch.equal(trainer.replica.phi, before * 1.02)
+
+    run_virtual(story())
+
+
+def test_a_joiner_that_finds_no_state_wishes_for_one(trainer: Trainer, tmp_path: Path) -> None:
+    """Where the last snapshot is worse than guessing and the next is far away, it would else give up."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 3) as nodes:
+            scene = Scene(trainer, nodes)
+            wishes: list[float] = []
+            scene.fetcher._wish = lambda: wishes.append(asyncio.get_running_loop().time())
+            bad = reference(0, weights_like(trainer, 30.0), *nodes[1:])
+            await scene.show({1: [bad], 2: [bad]}, round=9)
+            fetch = asyncio.ensure_future(scene.fetcher.fetch())
+            await asyncio.sleep(10.0)
+            assert len(wishes) == 1
+            good = reference(9, weights_like(trainer, 1.01), *nodes[1:])
+            await scene.show({1: [bad, good], 2: [bad, good]}, round=10)
+            assert await fetch == good
+
+    run_virtual(story())
+
+
 # ---- what to start from
 
 
