@@ -356,7 +356,7 @@ class Membership:
 
     async def _mind_the_balance(self, steps: PipelineSteps) -> None:
         """Go where another stage needs us more, once the present iteration is over."""
-        target = self._balance.look(self._service.directory.all_records, iteration=self._progress.iteration)
+        target = self._balance.look(self._service.directory.neighbourhood, iteration=self._progress.iteration)
         if steps.is_left_behind:
             target = self._role.stage  # as if we joined anew
         if target is None or self._is_leaving():

@@ -130,6 +130,8 @@ class _Sighting:
     value: bytes
     grown_at_s: float
     """Loop time at which its sequence was last seen to grow."""
+    near_at_s: float = -math.inf
+    """Loop time at which it was last found in a bucket of ours."""
 
 
 class SwarmView(ABC):
@@ -180,13 +182,27 @@ class Directory(SwarmView):
         return {peer: record for peer, record in self._alive.items() if record.state != "leaving"}
 
     @property
+    def neighbours(self) -> Mapping[PeerId, PeerRecord]:
+        """Of `peers`, those who share a bucket with us, and so see us, too. What has to be mutual, as a pipeline has, is made of
+        them: whom a look into another bucket has shown knows nothing of us."""
+        now_s = asyncio.get_running_loop().time()
+        near = {peer for peer, seen in self._sightings.items() if now_s - seen.near_at_s <= self._ttl_s}
+        return {peer: record for peer, record in self.peers.items() if peer in near}
+
+    @property
+    def neighbourhood(self) -> Mapping[PeerId, PeerRecord]:
+        """The neighbours and, once published, ourselves."""
+        own = {} if self._own is None else {self._identity.peer_id: self._own}
+        return own | dict(self.neighbours)
+
+    @property
     def departed(self) -> Mapping[PeerId, PeerRecord]:
         """The last record of every peer that was there within DEPARTED_S and is not in `peers` any more."""
-        now_s = asyncio.get_running_loop().time()
+        now_s, there = asyncio.get_running_loop().time(), self.peers
         return {
             peer: sighting.record
             for peer, sighting in self._sightings.items()
-            if now_s - sighting.grown_at_s <= DEPARTED_S and peer not in self.peers
+            if now_s - sighting.grown_at_s <= DEPARTED_S and peer not in there
         }
 
     async def publish(self, record: PeerRecord) -> bool:
@@ -223,6 +239,13 @@ class Directory(SwarmView):
         }
         self._num_looks += 1
         self._adapt_level({level: len(found[key] & self._alive.keys()) for level, key in own.items()})
+        for level in {self.level, self.level + 1} & own.keys():
+            for entry in reads[own[level]].result():
+                seen = self._sightings.get(PeerId(entry.subkey))
+                if (
+                    seen is not None and seen.value == entry.value
+                ):  # else it is left over from another level of that peer's
+                    seen.near_at_s = now_s
         return self.peers
 
     async def _store(self, level: int, value: bytes) -> bool:
@@ -257,8 +280,10 @@ class Directory(SwarmView):
                     continue
                 if record.peer != peer or not (known or self._make_room(now_s)):
                     continue
-                if known is None or record.sequence > known.record.sequence:
+                if known is None:
                     self._sightings[peer] = _Sighting(record, entry.value, now_s)
+                elif record.sequence > known.record.sequence:
+                    known.record, known.value, known.grown_at_s = record, entry.value, now_s
             found.add(peer)
         return found
 

@@ -44,15 +44,15 @@ async def choose_stage(
         announce: publishes our record with this stage in it, and looks at the directory.
     """
     await directory.refresh()
-    stage = lacking_stage(directory.peers, stages=stages, peer=peer)
+    stage = lacking_stage(directory.neighbours, stages=stages, peer=peer)
     await announce(stage)
     calm = 0
     for _ in range(MAX_LOOKS):
         await asyncio.sleep(LOOK_AGAIN_S)
         await directory.refresh()
         calm += 1
-        if should_think_again(directory.peers, stage=stage, stages=stages, peer=peer):
-            stage, calm = lacking_stage(directory.peers, stages=stages, peer=peer), 0
+        if should_think_again(directory.neighbours, stage=stage, stages=stages, peer=peer):
+            stage, calm = lacking_stage(directory.neighbours, stages=stages, peer=peer), 0
             await announce(stage)
         if calm == CALM_LOOKS:
             break

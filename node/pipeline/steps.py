@@ -140,7 +140,7 @@ class PipelineSteps(InnerSteps):
     def enter(self) -> None:
         """Begin with the iteration that the swarm is in, as far as its records tell."""
         self.look()
-        records = self._directory.peers.values()
+        records = self._directory.neighbours.values()
         iterations = [r.iteration for r in records if r.stage is not None and r.state == "training"]
         if any(iterations):
             self._known_at_s = asyncio.get_running_loop().time() + SETTLING_S
@@ -160,7 +160,7 @@ class PipelineSteps(InnerSteps):
         """Take over from the directory who holds what, and how far the origins are: a notice may have been lost."""
         now_s = asyncio.get_running_loop().time()
         peers, seen = {}, {}
-        for peer, record in self._directory.peers.items():
+        for peer, record in self._directory.neighbours.items():
             if record.stage is not None and record.state == "training":
                 holds = peer, record.stage
                 seen[holds] = self._seen_at_s.get(holds, now_s)
@@ -188,7 +188,7 @@ class PipelineSteps(InnerSteps):
 
     async def _see_to_plan(self) -> None:
         """With the records of all live peers of the pipeline, ourselves included."""
-        records = self._directory.all_records.items()
+        records = self._directory.neighbourhood.items()
         at_work = {peer: r for peer, r in records if r.stage is not None and r.state == "training"}
         total = self._trainer.total_steps
         if not total or self._server.iteration < total:
@@ -287,7 +287,7 @@ class PipelineSteps(InnerSteps):
     @property
     def is_left_behind(self) -> bool:
         """Whether most origins are so much further that nothing they tell is believed: we have slept, say."""
-        records = self._directory.peers.values()
+        records = self._directory.neighbours.values()
         iterations = [r.iteration for r in records if r.stage == 0 and r.state == "training"]
         return bool(iterations) and median_low(iterations) > self._server.iteration + MAX_LEAD
 

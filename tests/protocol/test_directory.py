@@ -379,6 +379,23 @@ def test_in_a_larger_swarm_no_bucket_grows_and_everybody_is_met() -> None:
     run_virtual(scenario())
 
 
+def test_neighbours_see_each_other_whatever_a_look_into_another_bucket_shows() -> None:
+    async def scenario() -> None:
+        dht = TableDht()
+        peers = [Peer(number, dht) for number in range(48)]
+        for peer in peers:
+            peer.directory.level = 1
+        await run_swarm(peers, num_beats=4, beacon="b")
+        neighbours = {peer.id: set(peer.directory.neighbours) for peer in peers}
+        assert all(one in neighbours[other] for one, others in neighbours.items() for other in others)
+        assert all(BUCKET_RECORDS / 2 < len(others) < BUCKET_RECORDS for others in neighbours.values())
+        assert all(len(peer.directory.peers) == 47 for peer in peers), "partners to average with are all of them"
+        one = peers[0].directory
+        assert dict(one.neighbourhood) == dict(one.neighbours) | {peers[0].id: one.all_records[peers[0].id]}
+
+    run_virtual(scenario())
+
+
 def test_a_newcomer_finds_a_large_swarm_at_its_level() -> None:
     async def scenario() -> None:
         dht = TableDht()

@@ -49,6 +49,8 @@ def test_peers_that_join_at_once_spread_evenly(num_peers: int) -> None:
             def peers(self) -> Any:
                 return {other: each for other, each in shown.items() if other != peer}
 
+            neighbours = peers
+
         async def announce(stage: int) -> None:
             async def show() -> None:
                 await asyncio.sleep(1.0)

@@ -96,6 +96,26 @@ def test_a_swarm_without_mishaps_loses_nothing() -> None:
     assert result["by_round"]["spread"][-1] < 0.9 * alone["by_round"]["spread"][-1]
 
 
+def test_a_swarm_of_several_pipelines_keeps_them_apart_and_averages_across() -> None:
+    """Too many for one bucket of the directory. Who reads another bucket meets partners there, but nobody to send microbatches to:
+    those do not know it, and would not tell it when their iterations have ended."""
+    result = simulate(
+        scenario(
+            48,
+            swarm={"heartbeat_s": 3.0},
+            model={"forward_s": 0.2},
+            pipeline={"microbatches": 1, "hop_timeout_s": 10.0},
+            links={"bytes_per_s": 1e8},
+            sync={"inner_steps": 8},
+        )
+    )
+    assert result["finished"]
+    assert result["known_peers"]["mean"] < 40
+    assert (result["microbatches"]["lost"], result["microbatches"]["rerouted"], result["failures"]) == (0, 0, {})
+    assert result["overdue"] == 0
+    assert result["exchanges"]["averaged"] > 48
+
+
 def test_what_comes_and_goes_is_counted_once_or_lost() -> None:
     churn = {"joins_per_hour": 120.0, "leaves_per_hour": 4.0, "crashes_per_hour": 8.0, "join_s": 5.0}
     result = simulate(scenario(12, 4, **BUSY | {"churn": churn}))
