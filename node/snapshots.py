@@ -86,6 +86,7 @@ class SnapshotKeeper:
     ) -> None:
         self._run, self._peer, self._every = run, peer, every_rounds
         self._epoch = -1
+        self._is_wanted = False
         self._trainer, self._compute, self._store, self._transport = trainer, compute, store, transport
         self._events, self._publish, self._own_loss = events, publish, own_loss
         self._refused: dict[PeerId, int] = {}
@@ -100,6 +101,7 @@ class SnapshotKeeper:
             live: the other trainers.
             is_wanted: whether somebody wants a state.
         """
+        self._is_wanted = is_wanted
         if round // self._every != self._epoch:  # not `round % every`: a peer that skips rounds may skip that one
             self._epoch = round // self._every
             await self.publish_in_turn(round, live)
@@ -167,10 +169,11 @@ class SnapshotKeeper:
         return sorted(offers, key=lambda ref: (ref.root in self._unavailable, -ref.round, ref.root))
 
     def _keepers(self, ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[list[PeerId]]:
-        """Those of either lot by which this snapshot may have been published."""
+        """Those of each lot by which this snapshot may have been published: of the second only while somebody wants one."""
         peers = _settled(self._peer, live)
-        in_turn = order_for_epoch(self._run, ref.round // self._every, peers)
-        return [in_turn[:NUM_KEEPERS], order_for_round(self._run, ref.round, peers)[:NUM_KEEPERS]]
+        in_turn = order_for_epoch(self._run, ref.round // self._every, peers)[:NUM_KEEPERS]
+        wanted = order_for_round(self._run, ref.round, peers)[:NUM_KEEPERS] if self._is_wanted else []
+        return [in_turn, wanted]
 
     def adopt(self, ref: SnapshotRef) -> None:
         """Hold the snapshot this peer itself started from; in what is left of this turn it publishes none of its own."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from node.freshness import WANTING_ROUNDS, Freshness
+from node.freshness import TRIAL_ROUNDS, Freshness
 from node.progress import Progress
 from node.snapshots import FRESH_ROUNDS
 from protocol.ids import PeerId, RunId
@@ -25,14 +25,13 @@ from tests.protocol.samples import RUN, identity, record
 
 AGE = 9
 """Rounds; states of this age were refused 8 times of 8 in such a run."""
-SOON_ROUNDS = 3
 
 
 def fast_swarm(folder: Path) -> MemorySwarm:
     """A run that moves far in a round, with a snapshot after the first round and none for long."""
     signed, store = tiny_run(
         folder,
-        sync__total_rounds=AGE + 8,
+        sync__total_rounds=AGE + 18,
         sync__inner_steps=10,
         sync__round_target_s=3.0,
         sync__exchange_timeout_s=10.0,
@@ -74,13 +73,13 @@ def test_an_old_state_is_replaced_by_a_new_one_and_averaged_with(tmp_path: Path,
     run_virtual(story())
     kept = swarm.named("late", "resumed") or swarm.named("late", "state_adopted")
     assert kept[0]["round"] <= own_rounds, "or its state was not old"
-    assert comes - 1 <= swarm.named("late", "state_adopted")[-1]["round"] <= comes + 1
-    meetings = [("late", "a"), ("late", "b"), ("a", "late"), ("b", "late")]
-    assert {round for pair in meetings for round in ended(swarm, *pair, "refused")} <= set(range(comes + SOON_ROUNDS))
-    accepted = [round for pair in meetings for round in ended(swarm, *pair, "averaged", "clipped")]
-    assert max(accepted) > comes
+    assert swarm.named("late", "state_adopted")[-1]["round"] >= comes - 1
+    # Whom three peers leave alone is not the question here, so what counts are the meetings that there were.
+    accepted = [r for name in ("a", "b") for r in ended(swarm, name, "late", "averaged", "clipped") if r >= comes]
+    refused = [r for name in ("a", "b") for r in ended(swarm, name, "late", "refused")]
+    assert len(refused) < len(accepted), "without a newer state nearly all are refused"
     published = [told["round"] for name in swarm.peers for told in swarm.named(name, "snapshot_published")]
-    assert len(published) <= 4, "a wish does not make the swarm publish in every round"
+    assert len(published) <= 8, "a wish does not make the swarm publish in every round"
 
 
 # ---- what shows that a state is old
@@ -113,13 +112,27 @@ def newcomer(*, state_round: int = 10, at_round: int = 20) -> tuple[Freshness, P
 def test_only_who_is_old_wants_a_state_and_only_who_is_refused_fetches_it() -> None:
     freshness, progress = newcomer(state_round=20 - FRESH_ROUNDS)
     assert not progress.wants_state
-    refusals = others(a=[note("refused", round=20)], b=[note("refused", round=21)])
-    assert not freshness.is_refused(refusals), "whose state is new gives it up for nobody's word"
     freshness, progress = newcomer(state_round=19 - FRESH_ROUNDS)
     assert progress.wants_state
     assert not freshness.is_refused(others(a=[], b=[]))
     assert freshness.is_refused(others(a=[note("refused", round=20)], b=[]))
     assert freshness.wanted_round == 20
+
+
+def test_a_new_state_that_is_refused_is_wanted_newer() -> None:
+    freshness, progress = newcomer(state_round=19)
+    assert freshness.is_refused(others(a=[note("refused", round=20)], b=[]))
+    assert progress.wants_state
+    assert freshness.wanted_round == 19 + FRESH_ROUNDS + 1, "not the one that it has"
+
+
+def test_liars_can_not_send_a_settled_peer_back() -> None:
+    freshness, progress = newcomer(state_round=19)
+    honest = others(a=[note("averaged", round=20)], b=[note("clipped", round=21)])
+    assert not freshness.is_refused(honest | others(c=[note("refused", round=20)]))
+    liars = others(a=[note("refused", round=22)], b=[note("refused", round=22)], c=[note("refused", round=22)])
+    assert not freshness.is_refused(liars), "its trial is over"
+    assert not progress.wants_state
 
 
 def test_what_it_refused_itself_counts_too() -> None:
@@ -140,14 +153,18 @@ def test_it_is_content_when_more_averaged_with_it_than_refused_it() -> None:
     freshness, progress = newcomer()
     told = others(a=[note("refused", round=20), note("clipped", round=21)], b=[note("refused", round=22)])
     assert freshness.is_refused(told), "one against one: a liar's word does not keep it from a new state"
-    assert not freshness.is_refused(told | others(c=[note("averaged", round=21)]))
-    assert not progress.wants_state
+    told = others(a=[note("clipped", round=21)], b=[])
+    wishes = []
+    for records in (told, told | others(c=[note("averaged", round=21)])):
+        assert not freshness.is_refused(records)
+        wishes.append(progress.wants_state)
+    assert wishes == [True, False], "one may be a liar"
     assert not freshness.is_refused(others(a=[note("refused", round=23)])), "and then it is one like all"
 
 
 def test_a_wish_ends() -> None:
     freshness, progress = newcomer()
-    progress.round += WANTING_ROUNDS - 1
+    progress.round += TRIAL_ROUNDS - 1
     freshness.is_refused({})
     assert progress.wants_state
     progress.round += 1
