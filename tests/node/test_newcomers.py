@@ -38,11 +38,7 @@ def fast_swarm(folder: Path) -> MemorySwarm:
         sync__snapshot_rounds=12,
     )
     swarm = MemorySwarm(signed, store, folder)
-    for name in (
-        "a",
-        "b",
-        "late",
-    ):  # stores of their own, so that a snapshot is where it was fetched to and nowhere else
+    for name in ("a", "b", "late"):  # a store each: a snapshot is where it was fetched to and nowhere else
         shutil.copytree(folder / "blobs", folder / name / "blobs")
     return swarm
 
