@@ -170,7 +170,8 @@ class NativePasses(Passes):
                 self._delta(round, piece, partner.delta, slot=slot, factor=partner.delta_factor)
                 for slot, partner in enumerate(accepted, start=1)
             ]
-            rule = replace(rule, own_factor=1.0 - sum(partner.delta_factor for partner in accepted))
+            own_factor = 1.0 - sum(partner.delta_factor for partner in accepted)
+            rule = replace(rule, own_factor=max(own_factor, 0.0))  # rounding may take it below
         else:
             deltas = [None] * len(accepted)
         own_is_read = rule.own_factor is not None or rule.keeps_residual

@@ -9,6 +9,7 @@ Flags never let the compiler change a result: no fused multiply-add, no reordere
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -32,7 +33,10 @@ def compiled_library(source: Path) -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or os.name != "posix":
         return None
-    with tempfile.TemporaryDirectory(prefix="llm-node-native-") as folder:
+    with (
+        contextlib.suppress(OSError),
+        tempfile.TemporaryDirectory(prefix="llm-node-native-") as folder,
+    ):  # no room, maybe
         library = Path(folder) / "native.so"
         for flags in _FASTEST:
             command = [compiler, *flags, *_EXACT, "-o", str(library), str(source), "-lm"]

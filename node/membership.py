@@ -232,7 +232,7 @@ class Membership:
                 if isinstance(steps, PipelineSteps):
                     await steps.close()
                 await self._save(final=True)
-                if self.next_stage is not None and self._keeper is not None:
+                if self.next_stage not in (None, self._role.stage) and self._keeper is not None:
                     self._keeper.let_go()
 
     async def _after_round(self, round: int) -> None:
@@ -241,7 +241,7 @@ class Membership:
         if self.trainer is not None and self.trainer.replica.admission.is_astray:
             self._events.emit("astray", round=round)
             await self._return_to_the_swarm(at_least=0)
-        elif self._freshness.is_refused(others):
+        elif self._freshness.after_round(others):
             await self._return_to_the_swarm(at_least=self._freshness.wanted_round)
         if not self._progress.wants_state:
             everybody = self._role.view.peers.items()
@@ -257,8 +257,7 @@ class Membership:
         adopted = await self._fetcher.refetch(at_least=at_least)
         if adopted is not None:
             self._keeper.adopt(adopted)
-            swarm = self._fetcher.swarm_round()
-            self._freshness.took(state_round=adopted.round, at_round=self.trainer.round, swarm_round=swarm)
+            self._freshness.replaced(state_round=adopted.round, at_round=self.trainer.round)
 
     async def _consolidate(self, trainer: TrainingState) -> None:
         """At the end of the run: come to one model with the others."""
@@ -313,8 +312,7 @@ class Membership:
 
     async def _keep_copies(self) -> None:
         assert self._keeper is not None
-        if not self._progress.wants_state:
-            await self._keeper.keep_copies(self._other_trainers())
+        await self._keeper.keep_copies(self._other_trainers())
 
     def _other_trainers(self) -> dict[PeerId, PeerRecord]:
         records = self._role.view.peers

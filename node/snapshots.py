@@ -105,7 +105,7 @@ class SnapshotKeeper:
         if round // self._every != self._epoch:  # not `round % every`: a peer that skips rounds may skip that one
             self._epoch = round // self._every
             await self.publish_in_turn(round, live)
-        elif is_wanted and round - self._newest_kept(live) >= max(FRESH_ROUNDS, self._every // WANTED_SHARE):
+        elif is_wanted and round - self._newest_kept(live, round) >= max(FRESH_ROUNDS, self._every // WANTED_SHARE):
             await self._publish_if_first(round, order_for_round(self._run, round, _settled(self._peer, live)))
 
     async def publish_in_turn(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
@@ -114,11 +114,11 @@ class SnapshotKeeper:
             round, order_for_epoch(self._run, round // self._every, _settled(self._peer, live))
         )
 
-    def _newest_kept(self, live: Mapping[PeerId, PeerRecord]) -> int:
-        """Round of the newest snapshot that this peer holds, or two others say they do; −1 for none."""
+    def _newest_kept(self, live: Mapping[PeerId, PeerRecord], round: int) -> int:
+        """Round of the newest snapshot up to `round` that this peer holds, or two others say they do; −1 for none."""
         shown = Counter(ref for record in live.values() for ref in set(record.snapshots))
         kept = [*self.held, *(ref for ref, votes in shown.items() if votes > 1)]
-        return max((ref.round for ref in kept), default=-1)
+        return max((ref.round for ref in kept if ref.round <= round), default=-1)
 
     async def _publish_if_first(self, round: int, order: list[PeerId]) -> None:
         if order[0] != self._peer:

@@ -48,7 +48,8 @@ __all__ = [
     "swarm_round",
 ]
 
-FILE = "stages.json"
+FILE, COPIES_FILE = "stages.json", "copies.json"
+"""Lists of who collects all stages, and of who keeps a few copies: one folder may have seen both."""
 STATE_PROTOCOL = "/llm-node/stage-state/1"
 REQUEST_TIMEOUT_S = 10.0
 
@@ -94,7 +95,8 @@ class StageArchive:
         self._manifest, self._directory, self._transport = manifest, directory, transport
         self._stages = range(manifest.pipeline.stages) if stages is None else stages
         self._store, self._events = store, events
-        self._file = None if folder is None else folder / FILE
+        self._file = None if folder is None else folder / (FILE if stages is None else COPIES_FILE)
+        self._collected = None if folder is None or stages is None else folder / FILE
         self._held = {} if self._file is None else _read(self._file)
         self._refused: set[SnapshotRef] = set()
         transport.handle(STATE_PROTOCOL, self.serve)
@@ -167,6 +169,9 @@ class StageArchive:
             self._events.emit("disk_error", path=str(self._file), reason=error.strerror or type(error).__name__)
 
     def _drop(self, ref: SnapshotRef) -> None:
+        collected = {} if self._collected is None else _read(self._collected)
+        if ref.root in {each.root for each in collected.values()}:
+            return
         with contextlib.suppress(UserError):
             self._store.remove(BlobId(ref.root))
 
@@ -214,7 +219,7 @@ def decode_stage(manifest: Manifest, stage: int, data: bytes) -> dict[str, Tenso
 
 def kept_copies(folder: Path) -> dict[int, SnapshotRef]:
     """By stage, the copies that the folder of a run lists; nothing if there is no list that can be read."""
-    return _read(folder / FILE)
+    return _read(folder / COPIES_FILE)
 
 
 def _read(file: Path) -> dict[int, SnapshotRef]:

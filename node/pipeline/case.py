@@ -23,6 +23,8 @@ __all__ = ["Case", "load_case"]
 
 MAX_NODES = 4096
 MAX_STAGES = 64
+LEAST_LINE_S = 1e-9
+"""A line's reciprocal must stay far from infinity."""
 MAX_FILE_BYTES = 256 << 20
 
 Seconds = float
@@ -72,7 +74,8 @@ class Case(BaseModel):
     closing_s: Seconds = Field(default=0.0, ge=0.0)
     """From the end of the last backward pass until all nodes have heard that the iteration is over."""
     spread: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Standard deviation of the logarithm of what a transfer takes, and twice that of a pass; 0: all take exactly what is said."""
+    """Standard deviation of the logarithm of `link_s`, and twice that of a pass; 0: all take exactly what is said. Shared lines are
+    as fast as they are, so a transfer bound by one is never faster than it."""
     partition: Partition | None = None
     """Nodes of each stage, where that is given and not to be planned."""
 
@@ -107,6 +110,10 @@ class Case(BaseModel):
             raise ValueError(f"path_length must not exceed the number of stages, {stages}")
         if len(self.link_s) != nodes or any(len(row) != nodes or min(row) < 0.0 for row in self.link_s):
             raise ValueError(f"link_s must be {nodes} rows of {nodes} numbers that are not negative")
+        if any(0.0 < line < LEAST_LINE_S for line in (*self.uplink_s, *self.downlink_s)):
+            raise ValueError(
+                f"uplink_s and downlink_s below {LEAST_LINE_S} are no lines; use 0 for one that is never shared"
+            )
         if min((0.0, *self.uplink_s, *self.downlink_s)) < 0.0:
             raise ValueError("uplink_s and downlink_s must not be negative")
         self._check_partition()

@@ -1,7 +1,7 @@
 """The planning problem of a live swarm, out of its peers' signed records.
 
 What a record does not tell is taken from the others: the usual speed, the usual latency, the usual line. A peer that lies
-about itself harms the plans that count on it, and those who find such plans slow do not follow them (node/pipeline/planned.py).
+about itself harms the plans that count on it, and those who find such plans slow do not follow them (node/pipeline/published.py).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def live_case(
         backward_multiplier=_ratio([(row.backward_s, row.forward_s) for row in rows], BACKWARD_MULTIPLIER),
         loss_multiplier=_ratio([(row.loss_s, row.forward_s) for row in rows if row.stage == 0], 1.0),
         link_s=tuple(tuple(latency_s[a][b] + line_s[a][b] for b in nodes) for a in nodes),
-        uplink_s=tuple(min((line_s[a][b] for b in nodes if b != a), default=0.0) for a in nodes),
+        uplink_s=tuple(_uplink([line_s[a][b] for b in nodes if b != a]) for a in nodes),
         downlink_s=tuple(min((line_s[a][b] for a in nodes if a != b), default=0.0) for b in nodes),
         closing_s=closing_s(latency_s),
         spread=SPREAD,
@@ -107,7 +107,7 @@ def _links(
                     line_s[sender][receiver] = payload_bytes / max(note.bytes_per_s, LEAST_BYTES_PER_S)
     pairs = [(a, b) for a in range(size) for b in range(size) if a != b]
     usual_s = median([latency_s[a][b] for a, b in pairs if latency_s[a][b]] or [USUAL_LATENCY_S])
-    up_s = _filled([_least(line_s[a]) for a in range(size)], 0.0)
+    up_s = _filled([_uplink(line_s[a]) for a in range(size)], 0.0)
     down_s = _filled([_least(column) for column in zip(*line_s, strict=True)], 0.0)
     for a, b in pairs:
         latency_s[a][b] = latency_s[a][b] or usual_s
@@ -117,6 +117,12 @@ def _links(
 
 def _least(values: Sequence[float]) -> float:
     return min((value for value in values if value > 0.0), default=0.0)
+
+
+def _uplink(values: Sequence[float]) -> float:
+    """What a payload takes of a sender's line, by what receivers tell: the second fastest where there are several; one may lie."""
+    told = sorted(value for value in values if value > 0.0)
+    return told[1] if len(told) > 2 else told[0] if told else 0.0
 
 
 def _filled(values: Sequence[float], otherwise: float) -> list[float]:

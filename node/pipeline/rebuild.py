@@ -120,7 +120,11 @@ class StageRebuilder:
 
     def _vouched_for(self) -> set[SnapshotRef]:
         """Snapshots for which enough of the stage's peers voted before they were gone."""
-        gone = {peer: r for peer, r in self._directory.departed.items() if r.stage == self._trainer.stage}
+        gone = {
+            peer: r
+            for peer, r in self._directory.departed.items()
+            if r.stage == self._trainer.stage and r.role == "trainer" and r.state in ("training", "leaving")
+        }
         return {candidate.ref for candidate in choose_snapshots(gone)}
 
     async def _newest_of(self, stage: int) -> dict[str, Tensor] | None:

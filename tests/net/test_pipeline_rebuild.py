@@ -83,7 +83,7 @@ def kill(nodes: list[NodeProcess]) -> None:
 
 def archived(node: NodeProcess) -> list[dict[str, Any]]:
     """The snapshots that a peer keeps of the lost stage, as its folder lists them: one, or none."""
-    (listed,) = node.home.glob("runs/*/stages.json")
+    (listed,) = node.home.glob("runs/*/copies.json")
     kept: dict[str, dict[str, Any]] = json.loads(listed.read_text())
     return [kept[str(LOST)]] if str(LOST) in kept else []
 

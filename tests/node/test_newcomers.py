@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from node.freshness import TRIAL_ROUNDS, Freshness
+from node.freshness import MAX_REPLACED, TRIAL_ROUNDS, Freshness
 from node.progress import Progress
 from node.snapshots import FRESH_ROUNDS
 from protocol.ids import PeerId, RunId
@@ -98,10 +98,13 @@ def others(**notes: Sequence[ExchangeNote]) -> dict[PeerId, PeerRecord]:
 
 
 def newcomer(*, state_round: int = 10, at_round: int = 20) -> tuple[Freshness, Progress]:
+    """One that has met A, B and C since."""
     progress = Progress(run=RunId(RUN), peer=ME, name="", inner_steps=5, traffic=Traffic())
     progress.round = at_round
     freshness = Freshness(progress)
     freshness.took(state_round=state_round, at_round=at_round, swarm_round=at_round)
+    for partner in (A, B, C):
+        progress.count_exchange(note("averaged", round=at_round, partner=partner))
     return freshness, progress
 
 
@@ -110,59 +113,93 @@ def test_only_who_is_old_wants_a_state_and_only_who_is_refused_fetches_it() -> N
     assert not progress.wants_state
     freshness, progress = newcomer(state_round=19 - FRESH_ROUNDS)
     assert progress.wants_state
-    assert not freshness.is_refused(others(a=[], b=[]))
-    assert freshness.is_refused(others(a=[note("refused", round=20)], b=[]))
+    assert not freshness.after_round(others(a=[], b=[]))
+    assert freshness.after_round(others(a=[note("refused", round=20)], b=[]))
     assert freshness.wanted_round == 20
 
 
-def test_a_new_state_that_is_refused_is_wanted_newer() -> None:
+def test_who_begins_with_everybody_is_not_on_trial() -> None:
+    freshness, progress = newcomer(state_round=20, at_round=20)
+    assert not freshness.after_round(others(a=[note("refused", round=20)], b=[]))
+    assert not progress.wants_state
+
+
+def test_a_new_state_that_is_refused_is_wanted_newer_but_not_for_ever() -> None:
     freshness, progress = newcomer(state_round=19)
-    assert freshness.is_refused(others(a=[note("refused", round=20)], b=[]))
+    told = others(a=[note("refused", round=20)], b=[])
+    assert freshness.after_round(told)
     assert progress.wants_state
     assert freshness.wanted_round == 19 + FRESH_ROUNDS + 1, "not the one that it has"
+    replaced = 0
+    for number in range(20, 60):  # whatever it takes, one refuses it
+        progress.round = number
+        progress.count_exchange(note("averaged", round=number, partner=A))
+        if freshness.after_round(others(a=[note("refused", round=number)], b=[])):
+            replaced += 1
+            freshness.replaced(state_round=number, at_round=number)
+    assert replaced == MAX_REPLACED
 
 
 def test_liars_can_not_send_a_settled_peer_back() -> None:
     freshness, progress = newcomer(state_round=19)
     honest = others(a=[note("averaged", round=20)], b=[note("clipped", round=21)])
-    assert not freshness.is_refused(honest | others(c=[note("refused", round=20)]))
+    assert not freshness.after_round(honest | others(c=[note("refused", round=20)]))
     liars = others(a=[note("refused", round=22)], b=[note("refused", round=22)], c=[note("refused", round=22)])
-    assert not freshness.is_refused(liars), "its trial is over"
+    assert not freshness.after_round(liars), "its trial is over"
     assert not progress.wants_state
 
 
-def test_what_it_refused_itself_counts_too() -> None:
+def test_the_word_of_peers_that_it_did_not_meet_and_of_the_future_does_not_count() -> None:
+    progress = Progress(run=RunId(RUN), peer=ME, name="", inner_steps=5, traffic=Traffic())
+    progress.round = 20
+    freshness = Freshness(progress)
+    freshness.took(state_round=19, at_round=20, swarm_round=20)
+    progress.count_exchange(note("averaged", round=20, partner=A))
+    assert not freshness.after_round(others(a=[note("refused", round=10**9)], b=[note("refused", round=20)]))
+    assert freshness.after_round(others(a=[note("refused", round=20)], b=[]))
+
+
+def test_the_only_other_peer_is_enough_to_settle() -> None:
+    freshness, progress = newcomer()
+    assert not freshness.after_round(others(a=[note("averaged", round=20)]))
+    assert not progress.wants_state
+
+
+def test_an_old_state_is_on_trial_though_its_peer_skips_rounds() -> None:
+    """Its first round is the one after its checkpoint's, the next the others'."""
+    progress = Progress(run=RunId(RUN), peer=ME, name="", inner_steps=5, traffic=Traffic())
+    freshness = Freshness(progress)
+    freshness.took(state_round=95, at_round=95, swarm_round=112)
+    progress.round = 113
+    progress.count_exchange(note("averaged", round=112, partner=A))
+    assert freshness.after_round(others(a=[note("refused", round=112)], b=[]))
+
+
+def test_what_it_refused_itself_counts_once() -> None:
     freshness, progress = newcomer()
     progress.count_exchange(note("refused", round=20, partner=A))
-    assert freshness.is_refused({})
-    progress.count_exchange(note("averaged", round=21, partner=B))
-    assert not freshness.is_refused({}), "the newest counts"
-    assert progress.wants_state
+    told = others(a=[note("refused", round=20)], b=[note("averaged", round=20)], c=[note("averaged", round=20)])
+    assert not freshness.after_round(told), "two averaged with it, and one exchange was refused by both ends"
 
 
 def test_refusals_of_others_and_of_an_earlier_session_do_not_count() -> None:
     freshness, _ = newcomer()
-    assert not freshness.is_refused(others(a=[note("refused", round=20, partner=B)], b=[note("refused", round=10)]))
+    assert not freshness.after_round(others(a=[note("refused", round=20, partner=B)], b=[note("refused", round=10)]))
 
 
 def test_it_is_content_when_more_averaged_with_it_than_refused_it() -> None:
     freshness, progress = newcomer()
-    told = others(a=[note("refused", round=20), note("clipped", round=21)], b=[note("refused", round=22)])
-    assert freshness.is_refused(told), "one against one: a liar's word does not keep it from a new state"
-    told = others(a=[note("clipped", round=21)], b=[])
-    wishes = []
-    for records in (told, told | others(c=[note("averaged", round=21)])):
-        assert not freshness.is_refused(records)
-        wishes.append(progress.wants_state)
-    assert wishes == [True, False], "one may be a liar"
-    assert not freshness.is_refused(others(a=[note("refused", round=23)])), "and then it is one like all"
+    told = others(a=[note("refused", round=20), note("clipped", round=21)], b=[note("refused", round=20)])
+    assert freshness.after_round(told), "one against one: a liar's word does not keep it from a new state"
+    progress.round = 21
+    assert not freshness.after_round(others(b=[note("averaged", round=21)], c=[note("refused", round=21)]))
+    assert not progress.wants_state
 
 
 def test_a_wish_ends() -> None:
     freshness, progress = newcomer()
-    progress.round += TRIAL_ROUNDS - 1
-    freshness.is_refused({})
-    assert progress.wants_state
-    progress.round += 1
-    freshness.is_refused({})
-    assert not progress.wants_state
+    wishes = []
+    for progress.round in (20 + TRIAL_ROUNDS - 1, 20 + TRIAL_ROUNDS):
+        freshness.after_round(others(a=[], b=[]))
+        wishes.append(progress.wants_state)
+    assert wishes == [True, False]

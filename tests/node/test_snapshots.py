@@ -17,7 +17,7 @@ from protocol.ids import BlobId, RunId
 from protocol.records import SnapshotRef
 from protocol.virtual_time import run_virtual
 from tests.node.swarm import Node, listening, neighbourhood, reference, trainers
-from tests.protocol.samples import RUN, identity
+from tests.protocol.samples import RUN, identity, record
 
 LOTTERY = RunId(RUN)
 EVERY = 4
@@ -317,6 +317,21 @@ def test_a_wanted_snapshot_comes_before_its_time_but_not_in_every_round(trainer:
                 rounds = [int(fields["round"]) for name, fields in scene.heard if name == "snapshot_published"]
                 assert len(rounds) <= 81 // apart + 81 // every + 1
                 assert max(later - earlier for earlier, later in pairwise(rounds)) <= apart
+
+    run_virtual(story())
+
+
+def test_snapshots_of_the_future_do_not_hold_up_a_wanted_one(trainer: Trainer, tmp_path: Path) -> None:
+    lie = SnapshotRef(round=10**9, root="0" * 64, size_bytes=1)
+    liars = {identity(n).peer_id: record(identity(n), snapshots=[lie], wants_state=True) for n in (1, 2)}
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 1) as nodes:
+            scene = Scene(trainer, nodes)
+            scene.keeper._every = 40
+            for round in range(15):
+                await scene.keeper.after_round(round, liars, is_wanted=True)
+            assert [fields["round"] for name, fields in scene.heard if name == "snapshot_published"] == [0, 10]
 
     run_virtual(story())
 

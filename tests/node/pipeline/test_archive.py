@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +108,40 @@ def test_copies_for_another_stage_are_given_up_unless_they_are_in_use(
     manifest, store = run
     records = [publish(manifest, store, stage, round=4) for stage in range(3)]
     refs = [each.snapshots[0] for each in records]
+    asyncio.run(copies(manifest, store, tmp_path, records, stages=[0, 1, 2]).look())
+    copies(manifest, store, tmp_path, records, stages=[2]).drop_others(in_use={refs[1].root})
+    assert kept_copies(tmp_path) == {2: refs[2]}
+    assert [store.has(BlobId(ref.root)) for ref in refs] == [False, True, True]
+
+
+def test_a_peer_in_a_bootstrap_node_s_home_leaves_the_collected_model_alone(
+    run: tuple[Manifest, BlobStore], tmp_path: Path
+) -> None:
+    manifest, store = run
+    records = [publish(manifest, store, stage, round=4) for stage in range(3)]
     archive(manifest, store, tmp_path, *records)
-    now = StageArchive(
+    for stages in ([1], [2]):  # it joins, and moves
+        peer = copies(manifest, store, tmp_path, records, stages=stages)
+        peer.drop_others(in_use=set())
+        asyncio.run(peer.look())
+    assert kept_copies(tmp_path) == {2: records[2].snapshots[0]}
+    _, oldest = assemble(manifest, tmp_path, store)
+    assert oldest == 4
+
+
+def copies(
+    manifest: Manifest, store: BlobStore, folder: Path, records: Sequence[PeerRecord], *, stages: Sequence[int]
+) -> StageArchive:
+    """What a stage peer keeps of other stages."""
+    return StageArchive(
         manifest,
-        stages=[2],
+        stages=stages,
         directory=FixedView(*records),
         transport=MemoryTransport(MemoryNetwork(), peer_id(9)),
         store=store,
-        folder=tmp_path,
+        folder=folder,
         events=EventLog(),
     )
-    now.drop_others(in_use={refs[1].root})
-    assert kept_copies(tmp_path) == {2: refs[2]}
-    assert [store.has(BlobId(ref.root)) for ref in refs] == [False, True, True]
 
 
 def test_a_state_of_another_shape_is_refused(run: tuple[Manifest, BlobStore], tmp_path: Path) -> None:
