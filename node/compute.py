@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import threading
 import time
@@ -148,6 +149,7 @@ def _result_of(
 
 def _work_aside(sender: Connection, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """What the process does. It does not outlive its peer, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is the peer's to answer
     os.nice(LEAST_PRIORITY)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     found: tuple[Any, BaseException | None]

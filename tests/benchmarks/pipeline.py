@@ -331,7 +331,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--worlds", type=int, default=3, help="drawn ones, of each size")
-    parser.add_argument("--iterations", type=int, default=2, help="counted ones, per method and world")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=2,
+        choices=range(2, 100),
+        metavar="N",
+        help="counted ones, per method and world",
+    )
     parser.add_argument("--planning", type=float, default=6.0, help="seconds per plan")
     parser.add_argument("--only", choices=[*SWARMS, *METHODS], nargs="+", default=[*SWARMS, *METHODS])
     parser.add_argument("--traces", type=Path, help="takes every pass of every peer")

@@ -125,6 +125,24 @@ def test_what_runs_aside_does_not_outlive_a_killed_peer() -> None:
         assert process.communicate(timeout=30) == (b"", b""), "whoever lives still holds the pipes"
 
 
+def test_ctrl_c_at_a_terminal_says_nothing_in_what_runs_aside() -> None:
+    """A terminal tells every process of its group; what runs aside leaves the answer to its peer."""
+    aside = "import time; print('begun', flush=True); time.sleep(3600)"
+    peer = (
+        "import asyncio, signal, node.compute as c; signal.signal(signal.SIGINT, lambda *_: None); "
+        f"asyncio.run(c.ThreadCompute().run_aside(exec, {aside!r}))"
+    )
+    command = [sys.executable, "-c", peer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        os.killpg(process.pid, signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        process.send_signal(signal.SIGKILL)
+        assert process.communicate(timeout=30) == (b"", b"")
+
+
 async def test_what_runs_beside_does_not_wait_for_the_call_in_progress() -> None:
     compute = ThreadCompute()
     may_end, has_begun = threading.Event(), threading.Event()

@@ -17,7 +17,7 @@ from tests.node.pipeline.cases import drawn_case
 
 
 def lines(case: Case) -> Case:
-    """The same nodes, whose transfers wait for each other."""
+    """The same nodes, whose transfers share their lines."""
     nodes = range(case.num_nodes)
     return case.model_copy(update={"uplink_s": tuple(0.3 + 0.01 * n for n in nodes), "downlink_s": (0.2,) * len(nodes)})
 
