@@ -28,6 +28,8 @@ BACKWARD_MULTIPLIER = 3.0
 """A backward pass runs the forward pass again."""
 SPREAD = 0.25
 """Of what transfers on one link take, see `Case.spread`: between real processes it was 0.26 and 0.29 (docs/LOG.md)."""
+FARTHEST = 4.0
+"""Times the usual latency: nobody counts as further away at an iteration's end."""
 SPARE_VISITS = 3.0
 """A peer is visited at most so many times as often as if its stage shared visits evenly: a bound of the search, not of the peer."""
 
@@ -73,7 +75,7 @@ def live_case(
         backward_multiplier=_ratio([(row.backward_s, row.forward_s) for row in rows], BACKWARD_MULTIPLIER),
         loss_multiplier=_ratio([(row.loss_s, row.forward_s) for row in rows if row.stage == 0], 1.0),
         link_s=tuple(tuple(latency_s[a][b] + line_s[a][b] for b in nodes) for a in nodes),
-        uplink_s=tuple(_uplink([line_s[a][b] for b in nodes if b != a]) for a in nodes),
+        uplink_s=tuple(min((line_s[a][b] for b in nodes if b != a), default=0.0) for a in nodes),
         downlink_s=tuple(min((line_s[a][b] for a in nodes if a != b), default=0.0) for b in nodes),
         closing_s=closing_s(latency_s),
         spread=SPREAD,
@@ -84,9 +86,10 @@ def live_case(
 
 def closing_s(latency_s: Sequence[Sequence[float]]) -> float:
     """How long the end of an iteration takes on these one-way ways: the origin asks whether its last backward pass counts, and
-    everybody hears that it was the last (node/pipeline/iterations.py)."""
+    everybody hears that it was the last (node/pipeline/iterations.py). One peer's word does not make it as long as it likes."""
     ways_s = [way_s for a, row in enumerate(latency_s) for b, way_s in enumerate(row) if a != b]
-    return 2.0 * median(ways_s) + max(ways_s) if ways_s else 0.0
+    usual_s = median(ways_s) if ways_s else 0.0
+    return 2.0 * usual_s + min(max(ways_s, default=0.0), FARTHEST * usual_s)
 
 
 def _links(
@@ -107,7 +110,7 @@ def _links(
                     line_s[sender][receiver] = payload_bytes / max(note.bytes_per_s, LEAST_BYTES_PER_S)
     pairs = [(a, b) for a in range(size) for b in range(size) if a != b]
     usual_s = median([latency_s[a][b] for a, b in pairs if latency_s[a][b]] or [USUAL_LATENCY_S])
-    up_s = _filled([_uplink(line_s[a]) for a in range(size)], 0.0)
+    up_s = _filled([_least(line_s[a]) for a in range(size)], 0.0)
     down_s = _filled([_least(column) for column in zip(*line_s, strict=True)], 0.0)
     for a, b in pairs:
         latency_s[a][b] = latency_s[a][b] or usual_s
@@ -117,12 +120,6 @@ def _links(
 
 def _least(values: Sequence[float]) -> float:
     return min((value for value in values if value > 0.0), default=0.0)
-
-
-def _uplink(values: Sequence[float]) -> float:
-    """What a payload takes of a sender's line, by what receivers tell: the second fastest where there are several; one may lie."""
-    told = sorted(value for value in values if value > 0.0)
-    return told[1] if len(told) > 2 else told[0] if told else 0.0
 
 
 def _filled(values: Sequence[float], otherwise: float) -> list[float]:

@@ -223,8 +223,6 @@ def is_slower_than_none(document: PlanDocument, case: Case, members: Sequence[Pe
     plan = document.mended(members, case)
     if len(plan.microbatches) > MAX_JUDGED:
         return False
-    # Without what comes after the last pass: it is the same for both, and one peer's word may make it long.
-    case = case.model_copy(update={"closing_s": 0.0})
     try:
         offhand = construct(case)
     except UserError:

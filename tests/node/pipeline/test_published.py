@@ -223,22 +223,15 @@ def far_away(peer: int) -> dict[str, Any]:
 
 
 def test_a_false_latency_does_not_hide_a_bad_plan() -> None:
-    """The end of the iteration would take a minute by it, beside which no plan looks slow."""
+    """By it alone the end of the iteration would take a minute, beside which no plan looks slow."""
     honest = records()
     silent = [note for note in honest[peer_id(7)].links if note.peer != tail_of(peer_id(6))]
     case, members = problem(p6=far_away(7), p7={"links": silent})
-    assert case.closing_s > 60.0
+    assert case.closing_s < 2.0
     place = {number: members.index(peer_id(number)) for number in range(8)}
     table = [[place[0], place[3], place[4]]] * 3 + [[place[1], place[2], place[5]]] * 3
     bad = document().model_copy(update={"paths": np.array(table, dtype="<u2").tobytes()})
     assert is_slower_than_none(bad, case, members)
-
-
-def test_one_receiver_can_not_make_everybody_s_uplink_endless() -> None:
-    boast = [LinkNote(peer=tail_of(peer_id(other)), latency_s=0.01, bytes_per_s=1e12) for other in range(7)]
-    honest, _ = problem()
-    case, _ = problem(p7={"links": boast})
-    assert case.uplink_s == pytest.approx(honest.uplink_s)
 
 
 @pytest.mark.parametrize("lie", [{"forward_s": 5e-324}, {"forward_s": 1e6, "backward_s": 5e-324}, "links"])
