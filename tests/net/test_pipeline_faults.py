@@ -104,7 +104,7 @@ def test_a_late_joiner_takes_the_stage_that_lacks_most(pipeline: StagedSwarm) ->
 @pytest.mark.parametrize(
     ("what", "stage", "seconds"),
     [
-        ("forward", 1, 2 * HOP_TIMEOUT_S),
+        pytest.param("forward", 1, 2 * HOP_TIMEOUT_S, marks=pytest.mark.slow),
         pytest.param("backward", 2, 2 * HOP_TIMEOUT_S, marks=pytest.mark.slow),
         pytest.param("forward", 2, 60.0, marks=pytest.mark.slow),
         pytest.param("backward", 1, 60.0, marks=pytest.mark.slow),
