@@ -200,6 +200,7 @@ class PipelineSteps(InnerSteps):
         microbatches = []
         if batches is not None and not self._is_unknown():
             microbatches = [batches.next(self._spec.microbatch_sequences) for _ in range(self._spec.microbatches)]
+        plan = self._plans.number
         started_s = asyncio.get_running_loop().time()
         self._iteration = running = asyncio.create_task(self._iterations.run(microbatches))
         if self._has_stopped:
@@ -214,6 +215,8 @@ class PipelineSteps(InnerSteps):
         finally:
             self._iteration = None
         seconds = asyncio.get_running_loop().time() - started_s
+        if stats.is_complete:
+            self._planning.note_iteration(plan, seconds)
         self._tell_pace()
         if self.round_now == self._trainer.round:  # also after an iteration without a step, or several that were missed
             self._trainer.enter(self._server.iteration)

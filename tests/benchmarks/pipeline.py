@@ -15,16 +15,19 @@ methods:
               the links and speeds that they have measured, in the other methods' iterations and by a probe per heartbeat
 
 The first three are planned with the numbers by which the swarm was built, but for the links: what a payload takes on each, after a
-pause and with everybody else silent, is measured before, and how many bytes of the lines it takes with its packets' headers.
+pause and with everybody else silent, is measured before, and how many bytes of the lines it takes with its packets' headers. From
+the second method on, the planner also knows what the iterations before took, as in a live swarm (node/pipeline/calibration.py);
+`random` runs first, so that the others' predictions have something to go by, and never what they predict.
 
     python -m tests.benchmarks.pipeline [--json] [--worlds 3] [--iterations 2] [--planning 6] [--only NAME …] [--traces FILE]
 
 Per method, each number the median over the worlds or, of what is counted, the sum: `iteration_s`, the median iteration, and in
 `worlds_s` that of each world; `quartiles_s` of all iterations over their world's median, times `iteration_s`; `predicted_s`, the
-planner's own simulation of the plan, made before, and `error`, measured over predicted less 1, in `errors` that of each
-world; `bound_s`, below which no plan is by that simulation; `less_than_full`, and of each world `less_per_world`; microbatches
-`returned` and `lost`, bytes on the lines, processor time as a share of all cores, and `overruns`, the share of passes whose work
-took longer than the given time. Trust the times only where these are rare: elsewhere other programs had the cores.
+planner's own simulation of the plan, made before, and `error`, measured over predicted less 1, in `errors` that of each world;
+`transfer_factor`, by which the links were taken to be slower; `bound_s`, below which no plan is by that simulation;
+`less_than_full`, and of each world `less_per_world`; microbatches `returned` and `lost`, bytes on the lines, processor time as a
+share of all cores, and `overruns`, the share of passes whose work took longer than the given time. Trust the times only where these
+are rare: elsewhere other programs had the cores.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from node.pipeline.bounds import lower_bound
+from node.pipeline.calibration import Ran, calibrated, transfer_factor
 from node.pipeline.case import Case
 from node.pipeline.live_case import live_case
 from node.pipeline.plan import Plan
@@ -70,7 +74,7 @@ __all__ = ["main"]
 SWARMS = {"25 %": ((3, 2, 2, 2), 3), "33 %": ((3, 2, 2, 2, 2, 2), 4)}
 """By the share of stages that is skipped: peers of each stage, and stages that a microbatch visits."""
 SLOTS, MICROBATCHES = 3, 6
-METHODS = ("full", "random", "ours", "live")
+METHODS = ("random", "full", "ours", "live")
 WARM_UP = 1
 """Iterations that are not counted: connections begin slowly."""
 SETTINGS: dict[str, Any] = {
@@ -94,12 +98,26 @@ class Planned:
     """One plan for all iterations, or one for each.
 
     Args:
+        measured: the case as its links were measured.
+        factor: that transfers are taken to be slower by.
         peers: the number of each of the case's nodes among the world's peers.
     """
 
-    case: Case
+    measured: Case
+    factor: float
     plans: list[Plan]
     peers: Sequence[int]
+
+    @property
+    def case(self) -> Case:
+        """What was planned for."""
+        return calibrated(self.measured, self.factor)
+
+    def ran(self, seconds: Sequence[float]) -> list[Ran]:
+        """With what the counted iterations took."""
+        if len(self.plans) == 1:
+            return [Ran(self.measured, self.plans[0], statistics.median(seconds))]
+        return [Ran(self.measured, plan, each) for plan, each in zip(self.plans[WARM_UP:], seconds, strict=True)]
 
     def predicted_s(self) -> float:
         """By the planner's simulation, of the iterations that are counted."""
@@ -116,6 +134,7 @@ class Swarm:
 
     def __init__(self, world: World, folder: Path, stack: ExitStack) -> None:
         self.world = world
+        self.ran: list[Ran] = []
         signed, _ = tiny_run(folder, model__num_layers=world.num_stages, pipeline__stages=world.num_stages, **SETTINGS)
         self.lines = stack.enter_context(Namespaces(world.rates_bits_per_s, latency_s=world.latency_s))
         indices = range(len(world.stages))
@@ -187,8 +206,9 @@ class Swarm:
         problem = live_case(records, spec=spec, payload_bytes=PAYLOAD_BYTES)
         assert problem is not None, "all stages are held"
         case, members = problem
-        plan, _ = search(case, None, seed=1, max_evaluations=MAX_EVALUATIONS)
-        return Planned(case, [plan], [self.peers.index(peer) for peer in members])
+        factor = transfer_factor(self.ran)
+        plan, _ = search(calibrated(case, factor), None, seed=1, max_evaluations=MAX_EVALUATIONS)
+        return Planned(case, factor, [plan], [self.peers.index(peer) for peer in members])
 
 
 def _own(plan: Plan, names: Sequence[str], peer: str) -> list[tuple[list[str], int]]:
@@ -221,7 +241,9 @@ def plans_for(method: str, swarm: Swarm, path_length: int, *, seconds: float, it
     if method == "live":
         return swarm.live_plan(path_length)
     world = swarm.world
-    case = world.case(world.num_stages if method == "full" else path_length, swarm.wire_bytes, swarm.link_s)
+    measured = world.case(world.num_stages if method == "full" else path_length, swarm.wire_bytes, swarm.link_s)
+    factor = transfer_factor(swarm.ran)
+    case = calibrated(measured, factor)
     if method == "random":
         # A plan that could stop for ever, since microbatches wait for each other's slots, is no method at all.
         drawn = (random_plan(case, seed=seed) for seed in range(1000))
@@ -229,7 +251,7 @@ def plans_for(method: str, swarm: Swarm, path_length: int, *, seconds: float, it
         plans = [next(finite) for _ in range(iterations)]
     else:
         plans = [plan_for(case, seconds=seconds)]
-    return Planned(case, plans, range(case.num_nodes))
+    return Planned(measured, factor, plans, range(case.num_nodes))
 
 
 def measure(swarm: Swarm, method: str, path_length: int, options: argparse.Namespace) -> tuple[Json, Json]:
@@ -238,12 +260,14 @@ def measure(swarm: Swarm, method: str, path_length: int, options: argparse.Names
     planned = plans_for(method, swarm, path_length, seconds=options.planning, iterations=iterations)
     before_bytes = swarm.sent_bytes()
     seconds, told = swarm.run(planned, iterations)
+    swarm.ran += planned.ran(seconds)
     sent_bytes = swarm.sent_bytes() - before_bytes
     wall_s = max(answer["ends_s"][-1] for answer in told) - min(each[1] for answer in told for each in answer["passes"])
     case, plans = planned.case, planned.plans
     return {
         "seconds": seconds,
         "predicted_s": planned.predicted_s(),
+        "transfer_factor": planned.factor,
         "bound_s": lower_bound(case, plans[0], seconds=BOUND_S) if method != "random" else None,
         "returned": sum(sum(answer["returned"]) for answer in told),
         "lost": sum(sum(answer["lost"]) for answer in told),
@@ -276,6 +300,7 @@ def merged(worlds: Sequence[Json], full: Sequence[Json]) -> Json:
         "quartiles_s": [round(low * middle, 3), round(high * middle, 3)],
         "worlds_s": [round(each, 3) for each in middles],
         "predicted_s": median("predicted_s", 3),
+        "transfer_factor": median("transfer_factor", 3),
         "error": round(statistics.median(errors), 3),
         "errors": [round(each, 3) for each in errors],
         "bound_s": median("bound_s", 3) if worlds[0]["bound_s"] is not None else None,
