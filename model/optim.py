@@ -1,8 +1,8 @@
 """The inner optimizer and its learning rate.
 
-AdamW in fp32 (torch's fused kernel) or with 8-bit states (bitsandbytes, 2 bytes per parameter instead of 8). The learning rate
-is warmup, stable, decay: a run without end stays at the plateau and can be stopped any time, a finite run ends with a linear
-fall to a tenth. The rate is a pure function of the step, so a resumed or late peer needs no scheduler state.
+AdamW in fp32 (torch's fused kernel), with 8-bit states (bitsandbytes, 2 bytes per parameter instead of 8), or beside Muon. The
+learning rate is warmup, stable, decay: a run without end stays at the plateau and can be stopped any time, a finite run ends with
+a linear fall to a tenth. The rate is a pure function of the step, so a resumed or late peer needs no scheduler state.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from model.errors import DataError
+from model.muon import MuonWithAdamW
 
 __all__ = ["InnerConfig", "build_optimizer", "learning_rate", "set_learning_rate"]
 
@@ -45,16 +46,23 @@ def build_optimizer(model: nn.Module, config: InnerConfig) -> torch.optim.Optimi
     Raises:
         DataError: an unknown kind, or 8-bit states without bitsandbytes.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_layers = [p for name, p in named.items() if p.ndim == 2 and "layers." in name]
+    by_muon = {id(p) for p in in_layers} if config.optimizer == "muon" else set()
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in named.values() if p.ndim >= 2 and id(p) not in by_muon],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    if config.optimizer == "adamw":
+    if by_muon:
+        return MuonWithAdamW(in_layers, groups, lr=config.lr, weight_decay=config.weight_decay, betas=betas)
+    if config.optimizer in ("adamw", "muon"):
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     if config.optimizer != "adamw8bit":
-        raise DataError(f"unknown optimizer {config.optimizer!r}; use adamw or adamw8bit")
+        raise DataError(f"unknown optimizer {config.optimizer!r}; use adamw, adamw8bit or muon")
     try:
         from bitsandbytes.optim import AdamW8bit  # seconds to import, and only this setting needs it
     except ImportError:

@@ -234,8 +234,8 @@ class Rebuilder(Protocol):
     def swarm_round(self) -> int:
         """The round that the others are in, whatever they train; 0 if there are none."""
 
-    async def rebuild(self) -> bool:
-        """Put a state into the trainer; whether there was one."""
+    async def rebuild(self, *, newer_than: int | None = None) -> bool:
+        """Put a state into the trainer, or only a copy of a later round than that, if it can be trusted; whether there was one."""
 
 
 async def find_start(
@@ -259,6 +259,8 @@ async def find_start(
     seen = None if saved is None and rebuilder is None else await fetcher.look_for_swarm()
     swarm = rebuilder.swarm_round() if seen is None and rebuilder is not None else seen
     if saved is not None and (swarm or 0) - saved.round <= MAX_RESUME_LAG:
+        if seen is None and rebuilder is not None and await rebuilder.rebuild(newer_than=saved.round):
+            return Start(is_rebuilt=True, state_round=trainer.round)  # others trained on after us, and are gone
         return await _resume(trainer, saved, checkpoints=checkpoints, events=events)
     if seen is None and rebuilder is not None and await rebuilder.rebuild():
         return Start(is_rebuilt=True, state_round=trainer.round)

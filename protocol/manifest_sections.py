@@ -87,8 +87,9 @@ class DataSpec(Section):
 class InnerSpec(Section):
     """Local training between two exchanges."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw: torch's fused fp32 AdamW; adamw8bit: bitsandbytes' 8-bit states (2 bytes per parameter instead of 8)."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw: torch's fused fp32 AdamW; adamw8bit: bitsandbytes' 8-bit states (2 bytes per parameter instead of 8); muon: Muon for
+    the matrices of the layers (4 bytes per parameter), AdamW for the rest."""
     lr: float = Field(gt=0.0, le=1.0)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)

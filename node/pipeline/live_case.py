@@ -30,6 +30,8 @@ SPREAD = 0.25
 """Of what transfers on one link take, see `Case.spread`: between real processes it was 0.26 and 0.29 (docs/LOG.md)."""
 FARTHEST = 4.0
 """Times the usual latency: nobody counts as further away at an iteration's end."""
+ALONE = 4.0
+"""Times the next best: one receiver's word makes no uplink faster than that."""
 SPARE_VISITS = 3.0
 """A peer is visited at most so many times as often as if its stage shared visits evenly: a bound of the search, not of the peer."""
 
@@ -75,7 +77,7 @@ def live_case(
         backward_multiplier=_ratio([(row.backward_s, row.forward_s) for row in rows], BACKWARD_MULTIPLIER),
         loss_multiplier=_ratio([(row.loss_s, row.forward_s) for row in rows if row.stage == 0], 1.0),
         link_s=tuple(tuple(latency_s[a][b] + line_s[a][b] for b in nodes) for a in nodes),
-        uplink_s=tuple(min((line_s[a][b] for b in nodes if b != a), default=0.0) for a in nodes),
+        uplink_s=tuple(_fastest([line_s[a][b] for b in nodes if b != a]) for a in nodes),
         downlink_s=tuple(min((line_s[a][b] for a in nodes if a != b), default=0.0) for b in nodes),
         closing_s=closing_s(latency_s),
         spread=SPREAD,
@@ -110,12 +112,19 @@ def _links(
                     line_s[sender][receiver] = payload_bytes / max(note.bytes_per_s, LEAST_BYTES_PER_S)
     pairs = [(a, b) for a in range(size) for b in range(size) if a != b]
     usual_s = median([latency_s[a][b] for a, b in pairs if latency_s[a][b]] or [USUAL_LATENCY_S])
-    up_s = _filled([_least(line_s[a]) for a in range(size)], 0.0)
+    up_s = _filled([_fastest(line_s[a]) for a in range(size)], 0.0)
     down_s = _filled([_least(column) for column in zip(*line_s, strict=True)], 0.0)
     for a, b in pairs:
         latency_s[a][b] = latency_s[a][b] or usual_s
         line_s[a][b] = line_s[a][b] or max(up_s[a], down_s[b])
     return latency_s, line_s
+
+
+def _fastest(values: Sequence[float]) -> float:
+    """What a payload takes of an uplink, by what receivers say; zeros say nothing. The smallest, but one that is far below all the
+    others may be boasting."""
+    known = sorted(value for value in values if value > 0.0)
+    return max(known[0], known[1] / ALONE) if len(known) > 1 else sum(known)
 
 
 def _least(values: Sequence[float]) -> float:

@@ -65,13 +65,17 @@ class StageRebuilder:
         self._directory, self._transport, self._store = directory, transport, store
         self._compute, self._events = compute, events
 
-    async def rebuild(self) -> bool:
-        """Put a state into the trainer, at the round of the other stages; False if the swarm is new or nothing is left."""
+    async def rebuild(self, *, newer_than: int | None = None) -> bool:
+        """Put a state into the trainer, at the round of the other stages; False if the swarm is new or nothing is left.
+
+        Args:
+            newer_than: the round of a checkpoint of our own: better is only a later copy that the lost replicas vouched for.
+        """
         swarm, stage = self.swarm_round(), self._trainer.stage
         if swarm == 0:
             return False
         for _ in range(NUM_TRIES):
-            kept = await self._kept(newest=swarm + 1)
+            kept = await self._kept(newest=swarm + 1, newer_than=newer_than)
             for ref, donors in kept:
                 weights = await self._fetch(ref, stage, donors)
                 if weights is not None:
@@ -80,6 +84,8 @@ class StageRebuilder:
             if not kept:
                 break
             await asyncio.sleep(TRY_AGAIN_S)  # somebody has it, and is out of reach for a moment
+        if newer_than is not None:
+            return False
         around = [neighbour for neighbour in (stage - 1, stage + 1) if 0 <= neighbour < self._manifest.pipeline.stages]
         found = [weights for neighbour in around if (weights := await self._newest_of(neighbour)) is not None]
         if not found:
@@ -98,8 +104,9 @@ class StageRebuilder:
         await self._compute.run(self._trainer.adopt, weights, swarm)
         self._events.emit("stage_rebuilt", stage=self._trainer.stage, round=of_round, source=source)
 
-    async def _kept(self, *, newest: int) -> list[tuple[SnapshotRef, list[PeerId]]]:
-        """Snapshots of our stage that are kept, none newer than that round; in order of trust, then the newest first."""
+    async def _kept(self, *, newest: int, newer_than: int | None) -> list[tuple[SnapshotRef, list[PeerId]]]:
+        """Snapshots of our stage that are kept, none newer than that round; in order of trust, then the newest first. With a
+        checkpoint of our own, only the trusted of a later round."""
         records = self._directory.peers
         asked = sorted(records, key=lambda peer: records[peer].role != "bootstrap")[:MAX_ASKED]
         holders: dict[SnapshotRef, list[PeerId]] = {} if self._own is None else {self._own: []}
@@ -113,10 +120,14 @@ class StageRebuilder:
         trusted = self._vouched_for()
         if self._own is not None and self._own.round + MAX_RESUME_LAG >= newest:
             trusted.add(self._own)
-        kept = [(ref, donors) for ref, donors in holders.items() if ref.round <= newest]
-        return sorted(
-            kept, key=lambda item: (0 if item[0] in trusted else 1 if len(item[1]) > 1 else 2, -item[0].round)
-        )
+        kept = [
+            (0 if ref in trusted else 1 if len(donors) > 1 else 2, -ref.round, ref, donors)
+            for ref, donors in holders.items()
+            if ref.round <= newest
+        ]
+        if newer_than is not None:
+            kept = [item for item in kept if item[0] == 0 and item[2].round > newer_than]
+        return [(ref, donors) for _, _, ref, donors in sorted(kept, key=lambda item: item[:2])]
 
     def _vouched_for(self) -> set[SnapshotRef]:
         """Snapshots for which enough of the stage's peers voted before they were gone."""

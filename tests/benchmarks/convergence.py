@@ -31,8 +31,8 @@ PLAIN = {"delta_codec": "bf16", "slow_codec": "bf16"}
 """What the reference methods send: two bytes per value. Their authors send four, which would only favour us."""
 
 
-def _cell(method: str, lr: float, **more: Any) -> Cell:
-    return Cell(method=method, replicas=0, seed=0, steps=STEPS, lr=lr, **more)
+def _cell(method: str, lr: float, *, steps: int = STEPS, **more: Any) -> Cell:
+    return Cell(method=method, replicas=0, seed=0, steps=steps, lr=lr, **more)
 
 
 def _theta(*, inner_steps: int) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def _random(*, share: int, inner_steps: int) -> dict[str, Any]:
     return _pair(inner_steps=inner_steps) | {"fragments": share, "fragment_choice": "random"}
 
 
+_MUON = {"optimizer": "muon"}
 _DILOCO = {"algorithm": "diloco", "inner_steps": 50, "gamma": 0.0, **PLAIN}
 
 METHODS: dict[str, Cell] = {
@@ -70,7 +71,17 @@ ATTEMPTS: dict[str, Cell] = {
     "pair-average lattice, H 6": _cell("pair-average lattice, H 6", 3e-3, sync=_pair(inner_steps=6)),
     "pair-average lattice, H 9": _cell("pair-average lattice, H 9", 3e-3, sync=_pair(inner_steps=9)),
     "pair-average lattice, H 32": _cell("pair-average lattice, H 32", 1.5e-3, sync=_pair(inner_steps=32)),
-    "random quarter, every step": _cell("random quarter, every step", 1.5e-3, sync=_random(share=4, inner_steps=1)),
+    "random ninth, every step": _cell("random ninth, every step", 3e-3, sync=_random(share=9, inner_steps=1)),
+    "random 45th and its moments": _cell(
+        "random 45th and its moments", 3e-3, sync=_random(share=45, inner_steps=1), moments=True
+    ),
+    "moonshot, double batch": _cell(
+        "moonshot, double batch", 4e-3, sync=_theta(inner_steps=5), sequences=2 * SEQUENCES, steps=STEPS // 2
+    ),
+    "moonshot, muon": _cell("moonshot, muon", 3e-3, sync=_theta(inner_steps=9), inner=_MUON),
+    "default, muon": _cell("default, muon", 1.5e-3, sync=_theta(inner_steps=35), inner=_MUON),
+    "diloco, muon": _cell("diloco, muon", 1.5e-3, sync=_DILOCO, inner=_MUON),
+    "synchronous, muon": _cell("synchronous, muon", 3e-3, sync={"algorithm": "local"}, inner=_MUON),
     "diloco, 4 bits": _cell("diloco, 4 bits", 1.5e-3, sync=_DILOCO | {"delta_codec": "e3m0"}),
     "diloco, lr 1e-3": _cell("diloco, lr 1e-3", 1e-3, sync=_DILOCO),
     "diloco, lr 2e-3": _cell("diloco, lr 2e-3", 2e-3, sync=_DILOCO),
@@ -83,7 +94,7 @@ def cells(methods: Iterable[str], *, replicas: Sequence[int], seeds: int, steps:
     """The sweep, in the order in which a stopped one is most useful: whole seeds first."""
     known = METHODS | ATTEMPTS
     return [
-        replace(known[name], replicas=number, seed=seed, steps=steps)
+        replace(known[name], replicas=number, seed=seed, steps=known[name].steps * steps // STEPS)
         for seed in range(seeds)
         for number in replicas
         for name in methods

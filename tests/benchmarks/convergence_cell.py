@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from averaging.flatten import FlatParameters
+from averaging.fragments import Piece
 from averaging.replica import Replica, ReplicaConfig
 from averaging.update import RemoteUpdate
 from model.batches import RoundBatches, heldout_batches
@@ -36,6 +37,7 @@ from model.tokenizer import Tokenizer, train_tokenizer
 from model.transformer import Transformer
 from protocol.ids import PeerId
 from protocol.manifest import SyncSpec
+from tests.benchmarks.shared_moments import moment_bytes, share_moments
 
 __all__ = ["MODEL", "SEQUENCES", "SEQUENCE_TOKENS", "VOCABULARY", "Cell", "cell_key", "run_cell", "sync_spec", "texts"]
 
@@ -52,8 +54,9 @@ MODEL = ModelConfig(
     num_kv_heads=3,
     max_sequence_tokens=SEQUENCE_TOKENS,
 )
-_LATER_FIELDS = {"fragment_choice": "turn"}
-"""Settings that came after the first stored runs, with the value that those had."""
+_LATER_SYNC = {"fragment_choice": "turn"}
+_LATER_FIELDS = {"sequences": 16, "moments": False}
+"""What came after the first stored runs, in [sync] and in a cell, with the value that those had."""
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.2
 
@@ -71,6 +74,8 @@ class Cell:
         sync: fields of the manifest's [sync] section, as an organiser would write them.
         inner: other fields of [inner].
         delay_steps: inner steps between `pack` and `apply`, as overlap makes them.
+        sequences: per replica and step.
+        moments: partners also take the mean of both AdamW moments of what they exchange, each sent in 8 bits.
     """
 
     method: str
@@ -81,15 +86,18 @@ class Cell:
     sync: Mapping[str, Any] = field(default_factory=dict)
     inner: Mapping[str, Any] = field(default_factory=dict)
     delay_steps: int = 0
+    sequences: int = SEQUENCES
+    moments: bool = False
 
 
 def cell_key(cell: Cell) -> str:
     """Names a cell by everything that decides its result but the code."""
     sync = sync_spec(cell).model_dump()  # with all defaults as they are now
-    for name, default in _LATER_FIELDS.items():
-        if sync[name] == default:
-            del sync[name]
     fields = asdict(cell) | {"sync": sync}
+    for section, later in ((sync, _LATER_SYNC), (fields, _LATER_FIELDS)):
+        for name, default in later.items():
+            if section[name] == default:
+                del section[name]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -134,6 +142,7 @@ class _Member:
         self.inner = InnerConfig(
             lr=cell.lr, sequence_tokens=SEQUENCE_TOKENS, **{"warmup_steps": WARMUP_STEPS, **cell.inner}
         )
+        self._sequences = cell.sequences
         self.optimizer = build_optimizer(self.model, self.inner)
         self.replica = Replica(self.flat.theta, ReplicaConfig.of(sync_spec(cell), admission=None))
 
@@ -142,9 +151,15 @@ class _Member:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=False)
         for source in batches:
-            (_loss(self.model, source.next(SEQUENCES)) / len(batches)).backward()  # type: ignore[no-untyped-call]
+            (_loss(self.model, source.next(self._sequences)) / len(batches)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.inner.clip_norm)
         self.optimizer.step()
+
+    def pieces(self, round: int) -> list[Piece]:
+        """What a round exchanges."""
+        config, numel = self.replica.config, self.flat.theta.numel()
+        division = config.division(numel)
+        return list(division.pieces(division.index(round), max_numel=numel))
 
     @torch.no_grad()
     def evaluate(self, heldout: Tokens) -> float:
@@ -186,7 +201,7 @@ class _Exchanges:
         self._waiting = []
 
     def _pack(self) -> None:
-        tokens = self._sync.inner_steps * SEQUENCES * SEQUENCE_TOKENS
+        tokens = self._sync.inner_steps * self._cell.sequences * SEQUENCE_TOKENS
         updates = {}
         for member in self._members:
             update = member.replica.pack(round=self._round, tokens=tokens)
@@ -194,6 +209,8 @@ class _Exchanges:
                 peer=member.peer, round=update.round, tokens=tokens, delta=update.delta, slow=update.slow
             )
         for group in self._groups():
+            if self._cell.moments:
+                share_moments(group, group[0].pieces(self._round))
             for member in group:
                 others = [updates[other.peer] for other in group if other is not member]
                 self._waiting.append((member, others))
@@ -209,6 +226,8 @@ class _Exchanges:
     def _round_bytes(self) -> float:
         """Bytes that one peer sends: its payload to one partner or to all, or twice (N − 1)/N of it in an all-reduce."""
         payload, others = self._members[0].replica.round_bytes(self._round), len(self._members) - 1
+        if self._cell.moments:
+            payload += moment_bytes(self._members[0].pieces(self._round))
         if self._sync.group != "all":
             return payload
         # A mean does not survive being made sparse once more, so nodes send topk to everybody (docs/LOG.md).
@@ -225,7 +244,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     torch.set_num_threads(1)  # several runs share the machine, and matrices this small gain nothing from more
     started = time.perf_counter()
     train, heldout = texts()
-    synchronous = cell.method == "synchronous"
+    synchronous = cell.method.startswith("synchronous")
     members = [_Member(cell, number) for number in range(1 if synchronous else cell.replicas)]
     sources = [
         RoundBatches(train, seed=1000 * cell.seed + number, sequence_tokens=SEQUENCE_TOKENS)

@@ -23,11 +23,11 @@ the second method on, the planner also knows what the iterations before took, as
 
 Per method, each number the median over the worlds or, of what is counted, the sum: `iteration_s`, the median iteration, and in
 `worlds_s` that of each world; `quartiles_s` of all iterations over their world's median, times `iteration_s`; `predicted_s`, the
-planner's own simulation of the plan, made before, and `error`, measured over predicted less 1, in `errors` that of each world;
-`transfer_factor`, by which the links were taken to be slower; `bound_s`, below which no plan is by that simulation;
-`less_than_full`, and of each world `less_per_world`; microbatches `returned` and `lost`, bytes on the lines, processor time as a
-share of all cores, and `overruns`, the share of passes whose work took longer than the given time. Trust the times only where these
-are rare: elsewhere other programs had the cores.
+planner's own simulation of the plan, made before, and `errors`, measured over predicted less 1, of each world, of which `error` is
+the median size; `transfer_factor`, by which the links were taken to be slower; `bound_s`, below which no plan is by that
+simulation; `less_than_full`, and of each world `less_per_world`; microbatches `returned` and `lost`, bytes on the lines, processor
+time as a share of all cores, and `overruns`, the share of passes whose work took longer than the given time. Trust the times only
+where these are rare: elsewhere other programs had the cores.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def merged(worlds: Sequence[Json], full: Sequence[Json]) -> Json:
         "worlds_s": [round(each, 3) for each in middles],
         "predicted_s": median("predicted_s", 3),
         "transfer_factor": median("transfer_factor", 3),
-        "error": round(statistics.median(errors), 3),
+        "error": round(statistics.median(map(abs, errors)), 3),
         "errors": [round(each, 3) for each in errors],
         "bound_s": median("bound_s", 3) if worlds[0]["bound_s"] is not None else None,
         "iterations": sum(len(world["seconds"]) for world in worlds),

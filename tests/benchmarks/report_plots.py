@@ -204,7 +204,7 @@ def _convergence(result: Mapping[str, Any]) -> Iterator[Picture]:
             loss, sent = middle(pick(entry, "loss_mean")), middle(pick(entry, "bytes_per_peer"))
             if loss is None:
                 continue
-            if name == "synchronous" or not sent:  # a logarithmic axis has no place for nothing
+            if name.startswith("synchronous") or not sent:  # a logarithmic axis has no place for nothing
                 levels[name] = loss
             else:
                 lines[name] = [(sent / 1e6, loss, middle(pick(entry, "loss_std")) or 0.0)]

@@ -67,6 +67,29 @@ def test_unknown_optimizer() -> None:
         build_optimizer(small_model(), InnerConfig(lr=0.01, sequence_tokens=16, optimizer="sgd"))
 
 
+def test_muon_moves_the_layers_matrices_and_adamw_the_rest() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, InnerConfig(lr=0.01, sequence_tokens=16, optimizer="muon"))
+    set_learning_rate(optimizer, 0.02)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    tokens = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(0))
+    start = float(model.loss(tokens).detach())
+    torch.autograd.backward([model.loss(tokens)])
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved, state = parameter.detach() - before[name], optimizer.state[parameter]
+        is_muons = "layers." in name and parameter.ndim == 2
+        assert ("momentum_buffer" in state) == is_muons
+        assert ("exp_avg" in state) != is_muons
+        if is_muons:  # all directions alike, as long as AdamW's step
+            assert float(moved.square().mean().sqrt()) == pytest.approx(0.2 * 0.02, rel=0.35)
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.autograd.backward([model.loss(tokens)])
+        optimizer.step()
+    assert float(model.loss(tokens).detach()) < 0.5 * start
+
+
 def test_eight_bit_adamw_learns() -> None:
     model = small_model()
     optimizer = build_optimizer(model, InnerConfig(lr=0.01, sequence_tokens=16, optimizer="adamw8bit"))

@@ -32,7 +32,7 @@ def batches_of(manifest: Manifest, store: BlobStore) -> RoundBatches:
     return RoundBatches(tokens, seed=1, sequence_tokens=manifest.inner.sequence_tokens)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 def test_restoring_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
     # Matrices of at least 4096 entries, so that bitsandbytes really keeps their states in 8 bits.
     shape: dict[str, Any] = {"model__hidden_size": 64, "model__intermediate_size": 128}

@@ -234,6 +234,27 @@ def test_a_false_latency_does_not_hide_a_bad_plan() -> None:
     assert is_slower_than_none(bad, case, members)
 
 
+def test_one_receiver_s_boast_does_not_make_every_uplink_endless() -> None:
+    boast = [
+        LinkNote(peer=tail_of(peer_id(other)), latency_s=0.01, bytes_per_s=1e12) for other in range(8) if other != 6
+    ]
+    honest, _ = problem()
+    misled, members = problem(p6={"links": boast})
+    for peer in range(8):
+        if peer != 6:
+            node = members.index(peer_id(peer))
+            assert misled.uplink_s[node] > 0.2 * honest.uplink_s[node]
+
+
+def test_a_fast_uplink_is_believed_though_all_but_one_receiver_are_slow() -> None:
+    slow = {
+        f"p{n}": {"links": [LinkNote(peer=tail_of(peer_id(0)), latency_s=0.01, bytes_per_s=4e5)]} for n in range(1, 8)
+    }
+    slow["p2"] = {"links": [LinkNote(peer=tail_of(peer_id(0)), latency_s=0.01, bytes_per_s=1.5e6)]}
+    case, members = problem(**slow)
+    assert case.uplink_s[members.index(peer_id(0))] == pytest.approx(PAYLOAD / 1.5e6)
+
+
 @pytest.mark.parametrize("lie", [{"forward_s": 5e-324}, {"forward_s": 1e6, "backward_s": 5e-324}, "links"])
 def test_nothing_in_a_record_breaks_the_case(lie: Any) -> None:
     if lie == "links":

@@ -66,14 +66,14 @@ class Scene:
         last = record(number, LOST, run=self.manifest.run_id, round=SWARM_ROUND, snapshots=list(refs))
         self.departed.append(last)
 
-    def rebuilt_from(self, *, own: SnapshotRef | None = None) -> float | None:
+    def rebuilt_from(self, *, own: SnapshotRef | None = None, newer_than: int | None = None) -> float | None:
         """The value of the weights that the mover ends up with; None if they are those it had."""
         before = self.trainer.replica.phi.clone()
-        run_virtual(self._rebuild(own))
+        run_virtual(self._rebuild(own, newer_than))
         after = self.trainer.replica.phi
         return None if torch.equal(before, after) else float(after[0])
 
-    async def _rebuild(self, own: SnapshotRef | None) -> None:
+    async def _rebuild(self, own: SnapshotRef | None, newer_than: int | None) -> None:
         network = MemoryNetwork()
         async with AsyncExitStack() as stack:
             for number in range(1, 5):
@@ -93,7 +93,7 @@ class Scene:
                 compute=VirtualCompute(seconds_per_call=0.0),
                 events=EventLog(),
                 own=own,
-            ).rebuild()
+            ).rebuild(newer_than=newer_than)
 
     def _serves(self, number: int) -> Callable[[Stream], asyncio.Future[None]]:
         async def serve(stream: Stream) -> None:
@@ -150,3 +150,19 @@ def test_ones_own_copy_comes_before_what_strangers_tell_unless_it_is_old(
 
 def test_without_any_copy_nothing_is_taken_from_nowhere(scene: Scene) -> None:
     assert scene.rebuilt_from() is None
+
+
+@pytest.mark.parametrize(("checkpoint", "taken"), [(27, 1.0), (28, None), (29, None)])
+def test_a_checkpoint_gives_way_to_a_later_copy_that_the_lost_replicas_vouched_for(
+    scene: Scene, checkpoint: int, taken: float | None
+) -> None:
+    """Two strangers who tell of something newer still do not count."""
+    vouched, forged = scene.copy(1.0, round=28), scene.copy(2.0, round=30)
+    scene.kept = {1: vouched, 2: forged, 3: forged}
+    scene.gone(5, vouched)
+    scene.gone(6, vouched)
+    assert scene.rebuilt_from(newer_than=checkpoint) == taken
+
+
+def test_a_checkpoint_is_better_than_the_mean_of_the_neighbours(scene: Scene) -> None:
+    assert scene.rebuilt_from(newer_than=3) is None
