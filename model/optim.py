@@ -15,9 +15,10 @@ from torch import nn
 from model.errors import DataError
 from model.muon import MuonWithAdamW
 
-__all__ = ["InnerConfig", "build_optimizer", "learning_rate", "set_learning_rate"]
+__all__ = ["InnerConfig", "build_optimizer", "learning_rate", "set_learning_rate", "state_bytes_per_parameter"]
 
 _FINAL_SHARE = 0.1
+_BYTES_ADAMW, _BYTES_ADAMW8BIT, _BYTES_MUON = 8.0, 2.03, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def build_optimizer(model: nn.Module, config: InnerConfig) -> torch.optim.Optimi
         DataError: an unknown kind, or 8-bit states without bitsandbytes.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    in_layers = [p for name, p in named.items() if p.ndim == 2 and "layers." in name]
+    in_layers = _layer_matrices(model)
     by_muon = {id(p) for p in in_layers} if config.optimizer == "muon" else set()
     groups = [
         {
@@ -69,6 +70,19 @@ def build_optimizer(model: nn.Module, config: InnerConfig) -> torch.optim.Optimi
         raise DataError("optimizer adamw8bit needs bitsandbytes; pip install bitsandbytes, or use adamw") from None
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.lr, betas=betas)
     return optimizer
+
+
+def _layer_matrices(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "layers." in name]
+
+
+def state_bytes_per_parameter(model: nn.Module, optimizer: str) -> float:
+    """Bytes of optimizer state per parameter, on the average; the model may be on the meta device."""
+    if optimizer == "adamw8bit":
+        return _BYTES_ADAMW8BIT
+    total = sum(parameter.numel() for parameter in model.parameters())
+    by_muon = sum(parameter.numel() for parameter in _layer_matrices(model)) if optimizer == "muon" else 0
+    return (_BYTES_ADAMW * (total - by_muon) + _BYTES_MUON * by_muon) / total
 
 
 def learning_rate(step: int, *, config: InnerConfig, total_steps: int = 0, decay_steps: int = 0) -> float:

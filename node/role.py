@@ -12,7 +12,9 @@ import torch
 
 from model.config import training_bytes_per_parameter
 from model.data import Tokens
+from model.optim import state_bytes_per_parameter
 from model.stage import Stage
+from model.transformer import Transformer
 from node.compute import Compute
 from node.events import EventLog
 from node.inner_steps import BatchSteps, InnerSteps
@@ -36,15 +38,15 @@ _TRANSIENT_BYTES = 4.0  # gradients of one microbatch until they count
 def memory_needed(manifest: Manifest, stage: int | None) -> float:
     """Estimated bytes that training takes: of a whole replica, or of one stage."""
     config, inner, spec = model_config(manifest), manifest.inner, manifest.pipeline
-    optimizer_bytes = 2.03 if inner.optimizer == "adamw8bit" else 8.0
-    if stage is None:
+    with torch.device("meta"):
+        part = Transformer(config) if stage is None else Stage(config, stage, spec.stages)
+    optimizer_bytes = state_bytes_per_parameter(part, inner.optimizer)
+    if isinstance(part, Transformer):
         return config.memory_bytes(
             num_sequences=inner.min_sequences,
             sequence_tokens=inner.sequence_tokens,
             optimizer_state_bytes=optimizer_bytes,
         )
-    with torch.device("meta"):
-        part = Stage(config, stage, spec.stages)
     parameters = sum(parameter.numel() for parameter in part.parameters())
     tokens = spec.microbatch_sequences * inner.sequence_tokens
     held = 2 * 4 * tokens * config.hidden_size * spec.slots  # what came in, and what was sent on

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.errors import DataError
-from model.optim import InnerConfig, build_optimizer, learning_rate, set_learning_rate
+from model.optim import InnerConfig, build_optimizer, learning_rate, set_learning_rate, state_bytes_per_parameter
 from tests.model.shapes import small_model
 
 CONFIG = InnerConfig(lr=0.01, sequence_tokens=16, warmup_steps=10)
@@ -88,6 +88,17 @@ def test_muon_moves_the_layers_matrices_and_adamw_the_rest() -> None:
         torch.autograd.backward([model.loss(tokens)])
         optimizer.step()
     assert float(model.loss(tokens).detach()) < 0.5 * start
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_takes_what_is_foreseen(kind: str) -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, InnerConfig(lr=0.01, sequence_tokens=16, optimizer=kind))
+    torch.autograd.backward([model.loss(torch.zeros(2, 17, dtype=torch.int64))])
+    optimizer.step()
+    held = sum(4 * value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert held / total == pytest.approx(state_bytes_per_parameter(model, kind))
 
 
 def test_eight_bit_adamw_learns() -> None:
