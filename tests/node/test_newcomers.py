@@ -31,6 +31,7 @@ def fast_swarm(folder: Path) -> MemorySwarm:
     """A run that moves far in a round, with a snapshot after the first round and none for long."""
     signed, store = tiny_run(
         folder,
+        inner__optimizer="adamw",  # with which that was seen
         sync__total_rounds=AGE + 18,
         sync__inner_steps=10,
         sync__round_target_s=3.0,

@@ -56,6 +56,13 @@ def test_everything_that_the_manifest_names_is_stored(corpus: Path, store: BlobS
     assert set(store.blobs()) == named
 
 
+def test_narrow_models_are_trained_by_muon_and_the_organiser_has_the_last_word(corpus: Path, store: BlobStore) -> None:
+    assert make_run(request(corpus), store).inner.optimizer == "muon"
+    wide = {"model.hidden_size": 1088, "model.num_heads": 17, "model.num_kv_heads": 17, "model.num_layers": 1}
+    assert make_run(request(corpus, settings=wide), store).inner.optimizer == "adamw"
+    assert make_run(request(corpus, settings={"inner.optimizer": "adamw"}), store).inner.optimizer == "adamw"
+
+
 def test_the_file_reads_back_to_the_same_run(corpus: Path, store: BlobStore) -> None:
     made = make_run(request(corpus), store)
     assert Manifest.from_toml(made.to_toml()).run_id == made.run_id
