@@ -44,7 +44,7 @@ TOKENIZER_SAMPLE_CHARS = 4 << 20
 LEARNING_RATES = {"1m": 3e-3, "3m": 3e-3, "10m": 2e-3, "25m": 1e-3, "50m": 1e-3, "100m": 6e-4, "300m": 4e-4}
 DEFAULT_LEARNING_RATE = 3e-4
 MUON_WIDTH = 1024
-"""Widest model that is trained by Muon unless the organiser says otherwise. It learns much better per step (docs/benchmarks.md), but
+"""Widest model that is trained by Muon unless the organiser says otherwise. It learns far better per step (docs/benchmarks.md), but
 a step costs it some 20 · width operations per weight, as much as training on 3 · width tokens: too much for a wide model on a
 small peer."""
 NO_HASH = "0" * 64
