@@ -5,8 +5,8 @@
     measure   Σ (theirs − ours)², per block on demand; blocks of the lattice that could not be read count nothing
     step      residual ← b·residual + Δ − sent;  φ, δ ← outer step;  θ ← (θ − anchor) + φ;  Σ (φ − anchor)²
 
-kernels/exchange.c compiles in half a second where torch.compile takes ten and more, and keeps a block in the first cache from
-reading to writing, whatever formats and vectors come together: 2 to 4 times as fast as what torch makes of
+kernels/exchange.c and exchange_step.c compile in less than a second where torch.compile takes ten and more, and keep a block in the
+first cache from reading to writing, whatever formats and vectors come together: 2 to 4 times as fast as what torch makes of
 averaging/fused_loops.py. Payloads have the same bytes as everywhere. CPU only.
 
 Shape legend: N elements of a piece, B blocks of 256. A piece begins at a multiple of 256 of its payload's vector; only the last one
@@ -17,13 +17,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import is_worthwhile
+from kernels.exchange_arguments import (
+    ALGORITHMS,
+    BLOCK,
+    CODECS,
+    Encoded,
+    MeasureArguments,
+    PackArguments,
+    Payload,
+    PieceVectors,
+    Rule,
+    StepArguments,
+    address_of,
+    payload_of,
+    vectors_of,
+)
 from kernels.lattice import checksum_weights
 from kernels.native import compiled_library
 
@@ -42,136 +56,7 @@ __all__ = [
     "use_native",
 ]
 
-BLOCK = 256
-SOURCE = Path(__file__).with_name("exchange.c")
-CODECS = {"": 0, "fp32": 1, "bf16": 2, "q8": 3, "q4": 4, "e3m0": 5, "lattice": 6}
-"""Formats by name; "" is no payload."""
-_BLOCK_SIZES = {"q4": 64, "e3m0": 64}
-ALGORITHMS = {"pair-average": 0, "noloco": 1, "heavy-ball": 2, "nesterov": 3, "sparseloco": 4}
-"""Rules of averaging/outer.py; diloco by the name of its momentum."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A payload and what is to be read from it.
-
-    Args:
-        codec: one of CODECS.
-        payload: uint8, of a whole vector.
-        numel: elements of that vector.
-        start: the one in it with which the piece begins.
-        factor: on what this partner's payload adds.
-    """
-
-    codec: str
-    payload: Tensor
-    numel: int
-    start: int
-    factor: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PieceVectors:
-    """One piece of the state: fp32 [N] each, contiguous; empty where absent. The anchor may be φ itself."""
-
-    theta: Tensor
-    phi: Tensor
-    momentum: Tensor
-    residual: Tensor
-    anchor: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """How one step is taken.
-
-    Args:
-        algorithm: one of ALGORITHMS.
-        alpha, beta, gamma: see averaging/outer.py.
-        scale: factor on φ's step.
-        clip: factor on δ.
-        keep: share of the correction that θ takes.
-        error_decay: b.
-        slow_is_theta: whether the slow payload is θ and not φ.
-        keeps_residual: whether the residual takes what the codec of Δ lost.
-        own_factor: on our own Δ in the mean; None for Δ as it was before encoding, without the partners'.
-        is_dry: measure the step and change nothing.
-    """
-
-    algorithm: str
-    alpha: float
-    beta: float
-    gamma: float
-    scale: float
-    clip: float
-    keep: float
-    error_decay: float
-    slow_is_theta: bool
-    keeps_residual: bool
-    own_factor: float | None
-    is_dry: bool = False
-
-
-class _Payload(ctypes.Structure):
-    _fields_ = (
-        ("codec", ctypes.c_int32),
-        ("factor", ctypes.c_float),
-        ("bytes", ctypes.c_void_p),
-        ("num_blocks", ctypes.c_int64),
-        ("start", ctypes.c_int64),
-    )
-
-
-class _Vectors(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("theta", "phi", "momentum", "residual", "anchor"))
-
-
-class _Pack(ctypes.Structure):
-    _fields_ = (
-        ("vectors", _Vectors),
-        ("numel", ctypes.c_int64),
-        ("delta", _Payload),
-        ("slow", _Payload),
-        ("distance", ctypes.c_void_p),
-        ("drift", ctypes.c_float),
-        ("error_decay", ctypes.c_float),
-        ("slow_is_theta", ctypes.c_int32),
-        ("moved_by_momentum", ctypes.c_int32),
-        ("weights", ctypes.c_void_p),
-    )
-
-
-class _Measure(ctypes.Structure):
-    _fields_ = (
-        ("near", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("ours", _Payload),
-        ("theirs", _Payload),
-        ("weights", ctypes.c_void_p),
-        ("squares", ctypes.c_void_p),
-        ("readable", ctypes.c_void_p),
-        ("num_unreadable", ctypes.c_int64),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        ("vectors", _Vectors),
-        ("numel", ctypes.c_int64),
-        ("own_delta", _Payload),
-        ("own_slow", _Payload),
-        ("deltas", ctypes.c_void_p),
-        ("slows", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("num_partners", "rule", "slow_is_theta", "keeps_residual", "is_dry")),
-        *(
-            (name, ctypes.c_float)
-            for name in ("own_factor", "alpha", "beta", "gamma", "scale", "clip", "keep", "error_decay")
-        ),
-        ("weights", ctypes.c_void_p),
-    )
-
-
-_ABSENT = _Payload(0, 0.0, None, 0, 0)
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("exchange.c", "exchange_step.c"))
 
 
 def use_native(numel: int, *, wanted: bool | None, device: torch.device) -> bool:
@@ -181,12 +66,12 @@ def use_native(numel: int, *, wanted: bool | None, device: torch.device) -> bool
 
 def is_available() -> bool:
     """Whether this machine compiles it."""
-    return compiled_library(SOURCE) is not None
+    return compiled_library(*SOURCES) is not None
 
 
 def size(x: Tensor) -> float:
     """Σ x² of fp32 [N], contiguous; not finite if a value is not, or where its square overflows."""
-    return float(_function("llm_node_size", ctypes.c_void_p, ctypes.c_int64)(_address(x), x.numel()))
+    return float(_function("llm_node_size", ctypes.c_void_p, ctypes.c_int64)(address_of(x), x.numel()))
 
 
 def pack(
@@ -215,17 +100,17 @@ def pack(
         Σ Δ².
     """
     weights = checksum_weights(vectors.theta.device)
-    arguments = _Pack(
-        _vectors(vectors),
+    arguments = PackArguments(
+        vectors_of(vectors),
         vectors.theta.numel(),
-        _payload(delta),
-        _payload(slow),
-        _address(distance),
+        payload_of(delta),
+        payload_of(slow),
+        address_of(distance),
         drift,
         error_decay,
         slow_is_theta,
         moved_by_momentum,
-        _address(weights),
+        address_of(weights),
     )
     return float(_function("llm_node_pack", ctypes.c_void_p)(ctypes.addressof(arguments)))
 
@@ -252,14 +137,14 @@ def measure(
         Σ (theirs − ours)², and how many blocks could not be read.
     """
     weights = checksum_weights(ours.payload.device)
-    arguments = _Measure(
-        _address(near),
+    arguments = MeasureArguments(
+        address_of(near),
         numel,
-        _payload(ours),
-        _payload(theirs),
-        _address(weights),
-        _address(squares),
-        _address(readable),
+        payload_of(ours),
+        payload_of(theirs),
+        address_of(weights),
+        address_of(squares),
+        address_of(readable),
         0,
     )
     total = float(_function("llm_node_measure", ctypes.c_void_p)(ctypes.addressof(arguments)))
@@ -288,13 +173,13 @@ def step(
     """
     count = len(slows)
     assert len(deltas) == count
-    partners = [(_Payload * max(count, 1))(*map(_payload, each)) for each in (deltas, slows)]
+    partners = [(Payload * max(count, 1))(*map(payload_of, each)) for each in (deltas, slows)]
     weights = checksum_weights(vectors.theta.device)
-    arguments = _Step(
-        _vectors(vectors),
+    arguments = StepArguments(
+        vectors_of(vectors),
         vectors.theta.numel(),
-        _payload(own_delta),
-        _payload(own_slow),
+        payload_of(own_delta),
+        payload_of(own_slow),
         *map(ctypes.addressof, partners),
         count,
         ALGORITHMS[rule.algorithm],
@@ -309,36 +194,14 @@ def step(
         rule.clip,
         rule.keep,
         rule.error_decay,
-        _address(weights),
+        address_of(weights),
     )
     return float(_function("llm_node_step", ctypes.c_void_p)(ctypes.addressof(arguments)))
 
 
 def _function(name: str, *arguments: type) -> ctypes._NamedFuncPointer:
-    library = compiled_library(SOURCE)
+    library = compiled_library(*SOURCES)
     assert library is not None, "ask is_available first"
     function = getattr(library, name)
     function.restype, function.argtypes = ctypes.c_double, arguments
     return function  # type: ignore[no-any-return]
-
-
-def _payload(encoded: Encoded | None) -> _Payload:
-    if encoded is None:
-        return _ABSENT
-    num_blocks = -(-encoded.numel // _BLOCK_SIZES.get(encoded.codec, BLOCK))
-    address = _address(encoded.payload)
-    return _Payload(CODECS[encoded.codec], encoded.factor, address, num_blocks, encoded.start)
-
-
-def _vectors(vectors: PieceVectors) -> _Vectors:
-    each = (vectors.theta, vectors.phi, vectors.momentum, vectors.residual, vectors.anchor)
-    return _Vectors(*map(_address, each))
-
-
-def _address(x: Tensor | None) -> int | None:
-    """Where a tensor's memory is; None for an empty one."""
-    if x is None or x.numel() == 0:
-        return None
-    assert x.device.type == "cpu"
-    assert x.is_contiguous()
-    return x.data_ptr()

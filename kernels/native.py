@@ -1,4 +1,4 @@
-"""C beside Python: a source file of ours, compiled when it is first needed and loaded.
+"""C beside Python: source files of ours, compiled when it is first needed and loaded.
 
 Every process compiles anew, into a folder that is gone a moment later: that takes less than a second, nobody can plant a library
 for us to load, and the code fits the processor that runs it. Without a C compiler there is None, and the caller goes on in Python:
@@ -28,8 +28,8 @@ _FASTEST = (("-O3", "-march=native", "-mprefer-vector-width=512"), ("-O3", "-mar
 
 
 @functools.cache
-def compiled_library(source: Path) -> ctypes.CDLL | None:
-    """The library made of one C file, or None where that does not work. Its functions run without Python's lock."""
+def compiled_library(*sources: Path) -> ctypes.CDLL | None:
+    """The library made of these C files, or None where that does not work. Its functions run without Python's lock."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or os.name != "posix":
         return None
@@ -39,7 +39,7 @@ def compiled_library(source: Path) -> ctypes.CDLL | None:
     ):  # no room, maybe
         library = Path(folder) / "native.so"
         for flags in _FASTEST:
-            command = [compiler, *flags, *_EXACT, "-o", str(library), str(source), "-lm"]
+            command = [compiler, *flags, *_EXACT, "-o", str(library), *map(str, sources), "-lm"]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
                 return ctypes.CDLL(str(library))

@@ -7,7 +7,6 @@ torch or hivemind, because its py-libp2p cannot live in one process with hivemin
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +20,13 @@ from node.command_options import (
     HttpOption,
     ListenOption,
     NameOption,
-    RunOption,
     host_port,
-    numbers,
     say,
     setting,
 )
 from node.identity_command import identity_app
+from node.init_command import init
+from node.model_commands import export, generate
 from node.pipeline.command import plan
 from protocol.errors import UserError
 from protocol.manifest import describe_fields
@@ -61,72 +60,7 @@ def options_of_all_commands(
     """What comes before the command; the help of the whole program is above."""
 
 
-@app.command(epilog=describe_fields())
-def init(
-    manifest: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.toml"),
-    name: Annotated[str, typer.Option("--name", help="Name of the run.")] = "my-run",
-    model: Annotated[
-        str, typer.Option("--model", help="Preset: 1m, 3m, 10m, 25m, 50m, 100m, 300m, 1b, 3b or 8b.")
-    ] = "10m",
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data", help="A folder of text, `stdlib` (Python's own sources) or `local` (volunteers' files)."
-        ),
-    ] = "stdlib",
-    heldout: Annotated[
-        Path | None, typer.Option("--heldout", help="Folder of held-out text; only with --data local.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the initial weights.")] = 0,
-    stages: Annotated[
-        int,
-        typer.Option(
-            "--stages",
-            min=1,
-            help="Split the model into so many stages; each peer holds one. For models larger than a peer.",
-        ),
-    ] = 1,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field below; may be repeated."),
-    ] = None,
-    max_chars: Annotated[
-        int, typer.Option("--max-chars", help="Use at most so many characters of text; 0 for all.")
-    ] = 0,
-    heldout_tokens: Annotated[int, typer.Option("--heldout-tokens", help="Size of the held-out set.")] = 1 << 15,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
-    home: HomeOption = None,
-) -> None:
-    """Make a run: train a tokenizer, cut the text into shards, and write the manifest that describes everything."""
-    from node.home import Home
-    from node.publish import RunRequest, make_run
-    from protocol.blobs import BlobStore
-    from protocol.identity import Identity
-
-    place = Home.at(home)
-    if manifest.exists() and not force:
-        raise UserError(f"{manifest} exists already; choose another file or add --force")
-    if not manifest.absolute().parent.is_dir():
-        raise UserError(f"cannot write {manifest}: there is no such folder; make it or choose another file")
-    request = RunRequest(
-        name=name,
-        organiser=Identity.load_or_create(place.identity).peer_id,
-        model=model,
-        data=data,
-        heldout=heldout,
-        heldout_tokens=heldout_tokens,
-        seed=seed,
-        max_chars=max_chars,
-        overrides={"pipeline.stages": stages} | dict(setting(text) for text in settings or []),
-    )
-    made = make_run(request, BlobStore(place.blobs))
-    try:
-        manifest.write_text(made.to_toml(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {manifest}: {error.strerror}; choose another file") from None
-    from node.view import run_lines
-
-    say(*run_lines(made), f"Wrote {manifest}. Next: llm-node bootstrap {manifest} --http 127.0.0.1:8080")
+app.command(epilog=describe_fields())(init)
 
 
 @app.command()
@@ -237,59 +171,8 @@ def status(
         Console().print(render_status(document))
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
-    run: RunOption = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Length of the sample.")] = 200,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[
-        float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from this share of probability.")
-    ] = 0.95,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sample.")] = 0,
-    skip_stages: Annotated[
-        str,
-        typer.Option("--skip-stages", metavar="2,3", help="Leave out these stages; they count from 0, which stays."),
-    ] = "",
-    home: HomeOption = None,
-) -> None:
-    """Continue a text with the model trained so far.
-
-    A model in stages is whole in the home of its bootstrap node only.
-    """
-    from node.artifacts import load_trained
-    from node.home import Home
-
-    skipped = numbers(skip_stages, "--skip-stages")
-    trained = load_trained(Home.at(home), run)
-    trained.omit_stages(skipped)
-    sys.stdout.write(prompt)
-    for piece in trained.sample(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-
-
-@app.command()
-def export(
-    folder: Annotated[Path, typer.Argument(help="Folder to write; made if missing.")],
-    run: RunOption = None,
-    home: HomeOption = None,
-) -> None:
-    """Write the trained model as a folder that Hugging Face transformers loads.
-
-    A model in stages is whole in the home of its bootstrap node only.
-    """
-    from node.artifacts import load_trained
-    from node.home import Home
-
-    trained = load_trained(Home.at(home), run)
-    trained.export(folder)
-    say(
-        f"Wrote {folder}: {trained.manifest.name} after round {trained.round}, for AutoModelForCausalLM.from_pretrained."
-    )
-
-
+app.command()(generate)
+app.command()(export)
 app.command()(plan)
 
 

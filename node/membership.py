@@ -2,8 +2,8 @@
 
 State is fetched while the machine is measured; then rounds (node/rounds.py) until the run ends, the owner stops the peer, or, in
 a pipeline, another stage needs it more; at the run's end the peers average until they hold one model (node/consolidation.py).
-After every round a checkpoint goes to disk in the background, and a peer whose weights have strayed from everybody's takes the
-swarm's.
+After every round a checkpoint goes to disk in the background; what is given to others of the state, and taken from them, is in
+node/shared_state.py.
 """
 
 from __future__ import annotations
@@ -19,37 +19,30 @@ import torch
 from model.data import Tokens
 from node.averaging_round import averagers_of
 from node.bench import choose_sequences, choose_threads, most_sequences
-from node.catchup import StateFetcher, find_start
 from node.checkpoints import Checkpoints
 from node.compute import Compute
 from node.consolidation import Consolidated, Consolidator
 from node.dataset import BatchSource
-from node.freshness import Freshness
 from node.options import PeerOptions
 from node.pipeline.archive import StageArchive, kept_copies
 from node.pipeline.balance import Balance
-from node.pipeline.rebuild import StageRebuilder, ask_kept
+from node.pipeline.final_state import hand_over
+from node.pipeline.rebuild import StageRebuilder
 from node.pipeline.steps import PipelineSteps
 from node.pipeline.trainer import StageTrainer
 from node.progress import Progress
 from node.role import Role
 from node.rounds import RoundLoop, RoundSettings
 from node.service import Service, Watcher
-from node.snapshots import SnapshotKeeper
+from node.shared_state import SharedState
 from node.trainer import Trainer
 from node.training_state import TrainingState
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.manifest import Manifest
-from protocol.records import PeerRecord, SnapshotRef
+from protocol.records import PeerRecord
 
 __all__ = ["Membership"]
-
-HANDOVER_S = 12.0
-"""A few heartbeats: one for the record, one for the copies and their votes, one for the archive."""
-HANDOVER_BYTES_PER_S, MAX_HANDOVER_S = 250_000.0, 1800.0
-"""And as long as a slow line takes, while a bootstrap node has an older state."""
-LOOK_AGAIN_S = 2.0
 
 
 class Membership:
@@ -83,9 +76,7 @@ class Membership:
         """The stage to go to, when this ended because another one needs us more."""
         self._loop: RoundLoop | None = None
         self._ending: asyncio.Task[None] | None = None
-        self._fetcher: StateFetcher | None = None
-        self._keeper: SnapshotKeeper | None = None
-        self._freshness = Freshness(progress)
+        self._shared: SharedState | None = None
         self._balance = Balance(manifest, peer=identity.peer_id, stage=role.stage or 0, fitting=role.fitting)
         self._has_stopped = False
         self._most = 0
@@ -107,9 +98,19 @@ class Membership:
         """
         trainer = await self._compute.run(self._role.trainer, heldout, device=self._options.device)
         self.trainer = trainer
+        self._shared = SharedState(
+            trainer,
+            role=self._role,
+            service=self._service,
+            identity=self._identity,
+            compute=self._compute,
+            progress=self._progress,
+        )
         measuring = asyncio.ensure_future(self._measure(trainer))
         try:  # no task group: it would wrap what the caller looks for
-            cursor = await self._starting_state(trainer)
+            cursor = await self._shared.start(
+                self._checkpoints, rebuilder=self._rebuilder(trainer) if isinstance(trainer, StageTrainer) else None
+            )
             sequences = await measuring
         finally:
             measuring.cancel()
@@ -133,50 +134,6 @@ class Membership:
         sequences = await self._compute.run(choose_sequences, trainer, most=self._most)
         self._events.emit("measured", sequences_per_step=sequences, threads=threads)
         return sequences
-
-    async def _starting_state(self, trainer: TrainingState) -> int | None:
-        """Find it, and return the data cursor to resume from, if any."""
-        self._fetcher = StateFetcher(
-            trainer=trainer,
-            compute=self._compute,
-            store=self._store,
-            transport=self._transport,
-            directory=self._role.view,
-            events=self._events,
-            wish=self._wish_for_a_state,
-        )
-        self._keeper = SnapshotKeeper(
-            run=self.manifest.run_id,
-            peer=self._identity.peer_id,
-            every_rounds=self.manifest.sync.snapshot_rounds,
-            trainer=trainer,
-            compute=self._compute,
-            store=self._store,
-            transport=self._transport,
-            events=self._events,
-            publish=self._show_snapshots,
-            own_loss=self._progress.val_loss_after,
-        )
-        start = await find_start(
-            trainer,
-            fetcher=self._fetcher,
-            checkpoints=self._checkpoints,
-            events=self._events,
-            rebuilder=self._rebuilder(trainer) if isinstance(trainer, StageTrainer) else None,
-        )
-        if start.is_rebuilt:  # whoever comes to help needs it before our first round is over
-            await self._keeper.publish_in_turn(trainer.round, {})
-        if start.adopted is not None:
-            self._keeper.adopt(start.adopted)
-        swarm = self._fetcher.swarm_round()
-        self._freshness.took(state_round=start.state_round, at_round=trainer.round, swarm_round=swarm)
-        return start.cursor
-
-    def _wish_for_a_state(self) -> None:
-        self._progress.wants_state = True
-
-    def _show_snapshots(self, held: list[SnapshotRef]) -> None:
-        self._progress.snapshots = held
 
     # ---- training
 
@@ -232,32 +189,13 @@ class Membership:
                 if isinstance(steps, PipelineSteps):
                     await steps.close()
                 await self._save(final=True)
-                if self.next_stage not in (None, self._role.stage) and self._keeper is not None:
-                    self._keeper.let_go()
+                if self.next_stage not in (None, self._role.stage) and self._shared is not None:
+                    self._shared.let_go()
 
     async def _after_round(self, round: int) -> None:
-        assert self._keeper is not None
-        others = self._other_trainers()
-        if self.trainer is not None and self.trainer.replica.admission.is_astray:
-            self._events.emit("astray", round=round)
-            await self._return_to_the_swarm(at_least=0)
-        elif self._freshness.after_round(others):
-            await self._return_to_the_swarm(at_least=self._freshness.wanted_round)
-        if not self._progress.wants_state:
-            everybody = self._role.view.peers.items()
-            wanted = any(record.wants_state for peer, record in everybody if peer != self._identity.peer_id)
-            await self._keeper.after_round(round, others, is_wanted=wanted)
+        assert self._shared is not None
+        await self._shared.after_round(round, self._other_trainers())
         await self._save(final=False)
-
-    async def _return_to_the_swarm(self, *, at_least: int) -> None:
-        """Fetch a state of at least that round, if there is one."""
-        assert self._fetcher is not None
-        assert self._keeper is not None
-        assert self.trainer is not None
-        adopted = await self._fetcher.refetch(at_least=at_least)
-        if adopted is not None:
-            self._keeper.adopt(adopted)
-            self._freshness.replaced(state_round=adopted.round, at_round=self.trainer.round)
 
     async def _consolidate(self, trainer: TrainingState) -> None:
         """At the end of the run: come to one model with the others."""
@@ -284,35 +222,20 @@ class Membership:
         if consolidator.is_due:
             self.consolidated = await consolidator.run()
         total = self.manifest.sync.total_rounds
-        if self._role.stage is not None and total and self._progress.round >= total:
-            await self._hand_over()
-
-    async def _hand_over(self) -> None:
-        """Publish the stage's final state, and stay until others have had the time to fetch it: nobody else holds it."""
-        assert self._keeper is not None
-        stage, loop = self._role.stage, asyncio.get_running_loop()
-        assert stage is not None
+        assert self._shared is not None
         assert self.trainer is not None
-        most_s = min(HANDOVER_S + 4 * self.trainer.flat.theta.numel() / HANDOVER_BYTES_PER_S, MAX_HANDOVER_S)
-        self._events.emit("handing_over", stage=stage, seconds=round(most_s, 1))
-        await self._keeper.publish_in_turn(self.manifest.sync.total_rounds, self._other_trainers())
-        await self._service.beat()
-        ends_at_s = loop.time() + most_s
-        await asyncio.sleep(HANDOVER_S)
-        while loop.time() < ends_at_s and await self._is_awaited(stage):
-            await self._service.beat()
-            await asyncio.sleep(LOOK_AGAIN_S)
-
-    async def _is_awaited(self, stage: int) -> bool:
-        """Whether a bootstrap node does not have the stage's final state yet."""
-        nodes = [peer for peer, record in self._service.directory.peers.items() if record.role == "bootstrap"]
-        asked = [ask_kept(peer, stage=stage, run=self.manifest.run_id, transport=self._transport) for peer in nodes]
-        kept = await asyncio.gather(*asked)
-        return any(ref is not None and ref.round < self.manifest.sync.total_rounds for ref in kept)
+        if self._role.stage is not None and total and self._progress.round >= total:
+            await hand_over(
+                self._role.stage,
+                manifest=self.manifest,
+                num_parameters=self.trainer.flat.theta.numel(),
+                service=self._service,
+                publish=functools.partial(self._shared.publish_in_turn, total, self._other_trainers()),
+            )
 
     async def _keep_copies(self) -> None:
-        assert self._keeper is not None
-        await self._keeper.keep_copies(self._other_trainers())
+        assert self._shared is not None
+        await self._shared.keep_copies(self._other_trainers())
 
     def _other_trainers(self) -> dict[PeerId, PeerRecord]:
         records = self._role.view.peers
@@ -328,7 +251,7 @@ class Membership:
     def _archive(self) -> StageArchive:
         """Copies of the next stage's state, should that lose all its replicas."""
         assert self._role.stage is not None
-        assert self._keeper is not None
+        assert self._shared is not None
         archive = StageArchive(
             self.manifest,
             stages=[(self._role.stage + 1) % self.manifest.pipeline.stages],
@@ -338,7 +261,7 @@ class Membership:
             folder=self._folder,
             events=self._events,
         )
-        archive.drop_others(in_use={ref.root for ref in self._keeper.held})
+        archive.drop_others(in_use={ref.root for ref in self._shared.held})
         return archive
 
     def _rebuilder(self, trainer: StageTrainer) -> StageRebuilder:

@@ -1,7 +1,7 @@
 """What the network looks like to everything above it: streams between peers, and a shared table of small records.
 
 There are exactly two implementations, `protocol.libp2p` (real) and `protocol.memory` (in-process, virtual time), and both
-pass one conformance suite (tests/protocol/test_transport_conformance.py). A stream is named `/llm-node/<what>/1`, is
+pass one conformance suite (tests/protocol/test_transport_conformance*.py). A stream is named `/llm-node/<what>/1`, is
 full-duplex and ordered, and its remote end is authenticated: `stream.peer` is the holder of that Ed25519 key.
 
 Every coroutine here may be cancelled at any await: a cancelled read or write leaves the stream unusable, so close it.

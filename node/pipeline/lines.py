@@ -5,7 +5,7 @@ a transfer would get least gives all of its transfers the same part; what these 
 the rest in the same way. A transfer alone on both of its lines takes the longer of `uplink_s` and `downlink_s`. What `link_s`
 has beyond that, the way itself, comes after it and holds no line.
 
-Its twin is in node/pipeline/replay.c: the same operations in the same order, so that both agree to the last digit.
+Its twin is in node/pipeline/replay_lines.h: the same operations in the same order, so that both agree to the last digit.
 """
 
 from __future__ import annotations

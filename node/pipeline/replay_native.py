@@ -30,7 +30,7 @@ Numbers = NDArray[np.float64]
 
 
 class _Case(ctypes.Structure):
-    """`Case` in replay.c."""
+    """`Case` in replay_events.h."""
 
     _fields_ = (
         ("num_nodes", ctypes.c_int32),

@@ -131,3 +131,23 @@ def test_a_group_mean_counts_instead_of_the_partners_deltas(delta: str) -> None:
         assert differ_by(getattr(ends[1], name), getattr(ends[0], name)) < 1e-6
     if delta != "fp32":
         assert torch.allclose(ends[1].residual, ends[0].residual, atol=1e-9)
+
+
+def test_a_rounding_error_is_not_taken_for_having_no_partners() -> None:
+    """Without tokens of one's own the partners' shares may add up to a little more than 1."""
+    tokens = (18, 9, 1)
+    assert sum(each / sum(tokens) for each in tokens) > 1.0
+    ends = []
+    for compiled in (False, True):
+        start = torch.linspace(-0.02, 0.02, NUMEL)
+        more = {"admission": None, "outer": OuterConfig(algorithm="diloco"), "delta_codec": "fp32"}
+        own, *others = (Replica(start.clone(), config("bf16", compiled=compiled, **more)) for _ in range(4))
+        for replica, slope in zip((own, *others), (-4e-4, 3e-4, 2e-4, 1e-4), strict=True):
+            replica.theta.add_(torch.linspace(0.0, slope, NUMEL))
+        updates = [replica.pack(round=0, tokens=num) for replica, num in zip(others, tokens, strict=True)]
+        own.pack(round=0, tokens=0)
+        sent = [received(update, str(place)) for place, update in enumerate(updates)]
+        assert own.apply(sent).kind == "averaged"
+        ends.append(own)
+    for name in ("theta", "phi", "momentum"):
+        assert differ_by(getattr(ends[1], name), getattr(ends[0], name)) < 1e-6

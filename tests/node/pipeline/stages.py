@@ -28,7 +28,9 @@ from protocol.memory import LinkSpec, MemoryNetwork, MemoryTransport
 from protocol.transport import Transport
 
 __all__ = [
+    "BACKWARD",
     "CONFIG",
+    "FORWARD",
     "PER_MICROBATCH",
     "RUN",
     "SEQUENCES",
@@ -41,6 +43,9 @@ __all__ = [
     "train_all",
     "whole_gradients",
 ]
+
+FORWARD, BACKWARD = "_run_forward", "_run_backward"
+"""Names of the passes that `stalls` and `begins` take."""
 
 P = ParamSpec("P")
 T = TypeVar("T")

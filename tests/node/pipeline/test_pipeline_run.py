@@ -119,7 +119,7 @@ def test_a_mover_that_gets_no_state_goes_back(tmp_path: Path, monkeypatch: pytes
         return await find_start(trainer, **parts)
 
     monkeypatch.setattr(Balance, "look", look)
-    monkeypatch.setattr("node.membership.find_start", start)
+    monkeypatch.setattr("node.shared_state.find_start", start)
     settings = STAGED | {"pipeline__stages": 2, "pipeline__skip_ratio": 0.0}
     signed, store = tiny_run(tmp_path, **settings, sync__total_rounds=8)
     swarm = MemorySwarm(signed, store, tmp_path)
@@ -155,7 +155,7 @@ def test_a_mover_lets_go_of_its_old_stage_before_it_takes_the_new_one(
         return await find_start(trainer, **parts)
 
     monkeypatch.setattr(Balance, "look", look)
-    monkeypatch.setattr("node.membership.find_start", start)
+    monkeypatch.setattr("node.shared_state.find_start", start)
     settings = STAGED | {"pipeline__stages": 2, "pipeline__skip_ratio": 0.0}
     signed, store = tiny_run(tmp_path, **settings, sync__total_rounds=4)
     swarm = MemorySwarm(signed, store, tmp_path)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -61,10 +61,10 @@ class Scene:
         root = (store or self._others).put(data)
         return SnapshotRef(round=round, root=root, size_bytes=len(data))
 
-    def gone(self, number: int, *refs: SnapshotRef) -> None:
-        """A replica of stage 1 that vouched for these, and is gone."""
-        last = record(number, LOST, run=self.manifest.run_id, round=SWARM_ROUND, snapshots=list(refs))
-        self.departed.append(last)
+    def gone(self, number: int, *refs: SnapshotRef, stage: int = LOST, **fields: str) -> None:
+        """A replica of stage 1, or whoever else, that vouched for these, and is gone."""
+        last = record(number, stage, run=self.manifest.run_id, round=SWARM_ROUND, snapshots=list(refs))
+        self.departed.append(last.model_copy(update=fields))
 
     def rebuilt_from(self, *, own: SnapshotRef | None = None, newer_than: int | None = None) -> float | None:
         """The value of the weights that the mover ends up with; None if they are those it had."""
@@ -123,6 +123,29 @@ def test_one_that_was_of_the_stage_does_not_speak_for_all(scene: Scene) -> None:
     scene.kept = {1: honest, 2: honest, 3: forged}
     for number, ref in ((5, forged), (6, honest), (7, honest)):
         scene.gone(number, ref)
+    assert scene.rebuilt_from() == 1.0
+
+
+@pytest.mark.parametrize(
+    "others", [{"stage": 2}, {"role": "bootstrap"}, {"state": "joining"}, {"state": "serving"}], ids=str
+)
+def test_only_those_count_that_were_replicas_of_the_stage(scene: Scene, others: dict[str, Any]) -> None:
+    """Three others that are gone would outvote the two."""
+    honest, forged = scene.copy(1.0, round=28), scene.copy(2.0, round=30)
+    scene.kept = {1: honest, 2: forged, 3: forged}
+    for number in (5, 6):
+        scene.gone(number, honest)
+    for number in (7, 8, 10):
+        scene.gone(number, forged, **others)
+    assert scene.rebuilt_from() == 1.0
+
+
+@pytest.mark.parametrize("state", ["training", "leaving"])
+def test_who_said_goodbye_vouches_as_well_as_who_fell_silent(scene: Scene, state: str) -> None:
+    honest, forged = scene.copy(1.0, round=28), scene.copy(2.0, round=30)
+    scene.kept = {1: honest, 2: forged, 3: forged}
+    for number in (5, 6, 7):
+        scene.gone(number, honest, state=state)
     assert scene.rebuilt_from() == 1.0
 
 
