@@ -59,15 +59,34 @@ METHODS: dict[str, Cell] = {
     "pair-average": _cell("pair-average", 1.5e-3, sync={"algorithm": "pair-average", "inner_steps": 50, **PLAIN}),
     "diloco": _cell("diloco", 1.5e-3, sync=_DILOCO),
     "noloco": _cell("noloco", 1.5e-3, sync={"algorithm": "noloco", "theta_only": False, "inner_steps": 50, **PLAIN}),
-    "default": _cell("default", 1.5e-3, sync=_theta(inner_steps=35)),
+    "default": _cell("default", 3e-3, sync=_theta(inner_steps=35), inner=_MUON),
 }
 """Learning rates and H are each method's best of those tried on seed 0 (docs/LOG.md). `default` is the product's own default, with
-at most a quarter of DiLoCo's bytes."""
+at most a quarter of DiLoCo's bytes; its inner optimizer is Muon, which the methods have as well among the attempts."""
 
 ATTEMPTS: dict[str, Cell] = {
-    "moonshot": _cell("moonshot", 3e-3, sync=_theta(inner_steps=9)),
-    "default, lr 2e-3": _cell("default, lr 2e-3", 2e-3, sync=_theta(inner_steps=35)),
-    "default, 10 steps late": _cell("default, 10 steps late", 1.5e-3, sync=_theta(inner_steps=35), delay_steps=10),
+    "moonshot": _cell("moonshot", 3e-3, sync=_theta(inner_steps=9), inner=_MUON),
+    "diloco, Muon": _cell("diloco, Muon", 3e-3, sync=_DILOCO, inner=_MUON),
+    "diloco, Muon, lr 1.5e-3": _cell("diloco, Muon, lr 1.5e-3", 1.5e-3, sync=_DILOCO, inner=_MUON),
+    "synchronous, Muon": _cell("synchronous, Muon", 3e-3, sync={"algorithm": "local"}, inner=_MUON),
+    "default, 8 fragments": _cell(
+        "default, 8 fragments", 2e-3, sync=_theta(inner_steps=4) | {"fragments": 8}, inner=_MUON
+    ),
+    "default, AdamW": _cell("default, AdamW", 1.5e-3, sync=_theta(inner_steps=35)),
+    "default, AdamW, 5 fragments": _cell(
+        "default, AdamW, 5 fragments", 1.5e-3, sync=_theta(inner_steps=7) | {"fragments": 5}
+    ),
+    "default, AdamW, 8 fragments": _cell(
+        "default, AdamW, 8 fragments", 2e-3, sync=_theta(inner_steps=4) | {"fragments": 8}
+    ),
+    "default, AdamW, 8 fragments, α 0.7": _cell(
+        "default, AdamW, 8 fragments, α 0.7", 1.5e-3, sync=_theta(inner_steps=4) | {"fragments": 8, "alpha": 0.7}
+    ),
+    "default, AdamW, lr 2e-3": _cell("default, AdamW, lr 2e-3", 2e-3, sync=_theta(inner_steps=35)),
+    "default, AdamW, 10 steps late": _cell(
+        "default, AdamW, 10 steps late", 1.5e-3, sync=_theta(inner_steps=35), delay_steps=10
+    ),
+    "moonshot, AdamW": _cell("moonshot, AdamW", 3e-3, sync=_theta(inner_steps=9)),
     "pair-average lattice, H 6": _cell("pair-average lattice, H 6", 3e-3, sync=_pair(inner_steps=6)),
     "pair-average lattice, H 9": _cell("pair-average lattice, H 9", 3e-3, sync=_pair(inner_steps=9)),
     "pair-average lattice, H 32": _cell("pair-average lattice, H 32", 1.5e-3, sync=_pair(inner_steps=32)),
@@ -75,14 +94,12 @@ ATTEMPTS: dict[str, Cell] = {
     "random 45th and its moments": _cell(
         "random 45th and its moments", 3e-3, sync=_random(share=45, inner_steps=1), moments=True
     ),
-    "moonshot, double batch": _cell(
-        "moonshot, double batch", 4e-3, sync=_theta(inner_steps=5), sequences=2 * SEQUENCES, steps=STEPS // 2
+    "moonshot, AdamW, double batch": _cell(
+        "moonshot, AdamW, double batch", 4e-3, sync=_theta(inner_steps=5), sequences=2 * SEQUENCES, steps=STEPS // 2
     ),
-    "moonshot, muon": _cell("moonshot, muon", 3e-3, sync=_theta(inner_steps=9), inner=_MUON),
-    "default, muon": _cell("default, muon", 1.5e-3, sync=_theta(inner_steps=35), inner=_MUON),
-    "diloco, muon": _cell("diloco, muon", 1.5e-3, sync=_DILOCO, inner=_MUON),
-    "synchronous, muon": _cell("synchronous, muon", 3e-3, sync={"algorithm": "local"}, inner=_MUON),
     "diloco, 4 bits": _cell("diloco, 4 bits", 1.5e-3, sync=_DILOCO | {"delta_codec": "e3m0"}),
+    "diloco, q4, H 54": _cell("diloco, q4, H 54", 1.5e-3, sync=_DILOCO | {"delta_codec": "q4", "inner_steps": 54}),
+    "sparseloco, H 12": _cell("sparseloco, H 12", 1.5e-3, sync={"algorithm": "sparseloco", "inner_steps": 12}),
     "diloco, lr 1e-3": _cell("diloco, lr 1e-3", 1e-3, sync=_DILOCO),
     "diloco, lr 2e-3": _cell("diloco, lr 2e-3", 2e-3, sync=_DILOCO),
 }
