@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from averaging.door import Door
+from averaging.early import EARLY_PROTOCOL, EarlySlow
 from averaging.exchange import Progress, Terms
 from averaging.group import GroupSwap
 from averaging.search import PROTOCOL, Ending, PeerContext, Search
@@ -60,6 +61,7 @@ class Averager:
         payload_bytes: exact length of Δ and φ on the wire together: a number, or a function of the round (the same for rounds up
             to `max_lag_rounds` apart).
         max_lag_rounds: largest difference of rounds between two partners.
+        sends_early: whether φ is sent ahead of its exchange (averaging/early.py).
     """
 
     def __init__(
@@ -70,21 +72,24 @@ class Averager:
         run: RunId,
         payload_bytes: int | Callable[[int], int],
         max_lag_rounds: int,
+        sends_early: bool = False,
     ) -> None:
         assert transport.peer_id == identity.peer_id
         bytes_of_round = payload_bytes if callable(payload_bytes) else lambda round: payload_bytes
         self.violations: Counter[PeerId] = Counter()
         """Broken rules per peer since the start."""
+        terms = Terms(run=run, payload_bytes=bytes_of_round, max_lag_rounds=max_lag_rounds)
+        self.early = EarlySlow(terms=terms, transport=transport, violations=self.violations) if sends_early else None
+        """What goes ahead, in runs where something does."""
         self._context = PeerContext(
-            transport=transport,
-            identity=identity,
-            terms=Terms(run=run, payload_bytes=bytes_of_round, max_lag_rounds=max_lag_rounds),
-            violations=self.violations,
+            transport=transport, identity=identity, terms=terms, violations=self.violations, early=self.early
         )
         self._door = Door(terms=self._context.terms, identity=identity, violations=self.violations)
 
     async def __aenter__(self) -> Self:
         self._context.transport.handle(PROTOCOL, self._door.serve)
+        if self.early is not None:
+            self._context.transport.handle(EARLY_PROTOCOL, self.early.serve)
         return self
 
     async def __aexit__(

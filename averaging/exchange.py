@@ -275,6 +275,12 @@ class Exchange:
         assert self._their_offer is not None
         return self._their_offer.tokens
 
+    @property
+    def partner_base_digest(self) -> bytes:
+        """Of the partner's φ, as its Offer says."""
+        assert self._their_offer is not None
+        return self._their_offer.base_digest
+
     def _num_bytes(self) -> int:
         assert self._progress is not None
         return self._terms.payload_bytes(self._progress.round)

@@ -4,6 +4,7 @@
     Propose  ───────────────────────────────►            "my round is r, I believe yours is e"
              ◄───────────────────────────────  Answer    accepted, or not and why
     Offer    ◄──────────────────────────────►  Offer     signed: what I am about to send
+    Holding  ◄──────────────────────────────►  Holding   only in runs with sync.early_slow: whether φ came ahead
     payload  ◄──────────────────────────────►  payload   raw bytes: Δ then φ, lengths known from the manifest
     Ack      ◄──────────────────────────────►  Ack       signed: I hold exactly what you offered
 
@@ -20,7 +21,18 @@ from pydantic import Field
 
 from protocol.wire import Message, pack
 
-__all__ = ["NONCE_BYTES", "Ack", "Answer", "Offer", "Propose", "RejectReason", "payload_hash"]
+__all__ = [
+    "NONCE_BYTES",
+    "Ack",
+    "Answer",
+    "Count",
+    "Hash",
+    "Holding",
+    "Offer",
+    "Propose",
+    "RejectReason",
+    "payload_hash",
+]
 
 NONCE_BYTES = 16
 
@@ -96,6 +108,14 @@ class Offer(Message):
     def statement_hash(self) -> bytes:
         """SHA-256 of the statement: what the other side's Ack signs."""
         return hashlib.sha256(self.statement()).digest()
+
+
+class Holding(Message):
+    """What need not be sent any more."""
+
+    kind: Literal["holding"] = "holding"
+    slow: bool
+    """Whether we hold bytes with the `base_digest` of your Offer."""
 
 
 class Ack(Message):

@@ -42,6 +42,8 @@ from protocol.ids import PeerId
 
 __all__ = ["Outcome", "Replica", "ReplicaConfig"]
 
+_AHEAD_NUMEL = 1 << 22
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -132,6 +134,18 @@ class Replica:
         delta_bytes, slow_bytes = self._payloads.host_bytes()
         self._packed = Update(round=round, tokens=tokens, delta=delta_bytes, slow=slow_bytes)
         return self._packed
+
+    def slow_ahead(self, round: int) -> bytes:
+        """φ as the next `pack` will encode it for this round, if nothing changes it before: the inner steps do not.
+
+        Only where φ itself travels, in a format that needs nothing but its values (any but the lattice).
+        """
+        num_bytes = self.config.payload_bytes(self.theta.numel(), round)[1]
+        payload = torch.zeros(num_bytes, dtype=torch.uint8, device=self.theta.device)
+        codec, fragment = self._payloads.slow_codec, self._fragments.index(round)
+        for piece in self._fragments.pieces(fragment, max_numel=_AHEAD_NUMEL):
+            codec.encode(self.phi[piece.span], payload, start=piece.start)
+        return payload.cpu().numpy().tobytes()
 
     def apply(
         self, partners: Sequence[RemoteUpdate], *, steps_since_pack: int = 0, group_mean: memoryview | None = None

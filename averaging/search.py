@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from averaging.door import Suitor
+from averaging.early import EarlySlow
 from averaging.exchange import Exchange, Progress, Terms
 from averaging.exchange_messages import Answer, Offer
 from averaging.pairing import Accept, Action, Alone, Matcher, Propose, Reject, Withdraw
-from averaging.swap import SideBuffer, swap_offers, swap_payloads
+from averaging.side_buffer import SideBuffer
+from averaging.swap import swap_offers, swap_payloads
 from averaging.update import RemoteUpdate, Update
 from protocol.errors import DeadlineError, LlmNodeError, ProtocolError
 from protocol.identity import Identity
@@ -46,6 +48,8 @@ class PeerContext:
     violations: Counter[PeerId]
     side_buffer: SideBuffer = field(default_factory=SideBuffer)
     """For the payload of a pair's other half; there is one pair at a time."""
+    early: EarlySlow | None = None
+    """In runs that send φ ahead."""
 
     def blame(self, error: LlmNodeError, peer: PeerId) -> None:
         """Count the error against `peer` if it is a violation."""
@@ -242,8 +246,10 @@ class Search:
         try:
             if not await self._settle(pairing):
                 return None
-            buffer = self._context.side_buffer
-            remote = await swap_payloads(pairing.stream, pairing.exchange, self._update, buffer=buffer)
+            context = self._context
+            remote = await swap_payloads(
+                pairing.stream, pairing.exchange, self._update, buffer=context.side_buffer, early=context.early
+            )
             return Ending(outcome="averaged", partner=peer, remote=remote)
         except DeadlineError:
             return Ending(outcome="timeout", partner=peer)

@@ -10,38 +10,21 @@ caller's buffers to the socket and from the socket into the side buffer, and eac
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
 
+from averaging.early import EarlySlow
 from averaging.exchange import Exchange, Progress
-from averaging.exchange_messages import Ack, Offer, payload_hash
+from averaging.exchange_messages import Ack, Holding, Offer, payload_hash
+from averaging.side_buffer import SideBuffer
 from averaging.update import RemoteUpdate, Update
 from protocol.errors import ProtocolError, TransportError
 from protocol.transport import Stream
-from protocol.wire import bulk_buffer, read_bulk_into, read_message, write_bulk, write_message
+from protocol.wire import read_bulk_into, read_message, write_bulk, write_message
 
-__all__ = ["SideBuffer", "describe", "swap_offers", "swap_payloads"]
+__all__ = ["describe", "swap_offers", "swap_payloads"]
 
 _HASH_INLINE_BYTES = 1 << 20
 """Up to here hashing on the loop (under a millisecond) is cheaper than handing it to a thread."""
-_REFERENCES_OF_A_FREE_BUFFER = 2
-"""The attribute and `getrefcount`'s own argument; any number of views add one more."""
-
-
-class SideBuffer:
-    """Memory for the payload of one partner after the other. Fresh memory would have to be cleared by the kernel each time, which
-    took a sixth of an exchange's time in this process."""
-
-    def __init__(self) -> None:
-        self._memory: Any = b""
-
-    def take(self, num_bytes: int) -> memoryview:
-        """A buffer that nobody else looks at: the last one if no view of it is left, else a new one."""
-        is_free = sys.getrefcount(self._memory) == _REFERENCES_OF_A_FREE_BUFFER
-        if not is_free or len(self._memory) < num_bytes:
-            self._memory = bulk_buffer(num_bytes).obj
-        return memoryview(self._memory)[:num_bytes]
 
 
 async def describe(update: Update) -> Progress:
@@ -66,7 +49,12 @@ async def swap_offers(stream: Stream, exchange: Exchange, read_offer: Callable[[
 
 
 async def swap_payloads(
-    stream: Stream, exchange: Exchange, update: Update, *, buffer: SideBuffer | None = None
+    stream: Stream,
+    exchange: Exchange,
+    update: Update,
+    *,
+    buffer: SideBuffer | None = None,
+    early: EarlySlow | None = None,
 ) -> RemoteUpdate:
     """Send our payload while receiving the partner's, then swap receipts.
 
@@ -75,6 +63,7 @@ async def swap_payloads(
         exchange: both Offers are in.
         update: what we send.
         buffer: where the partner's payload goes; absent, into memory of its own.
+        early: in runs that send φ ahead: what came that way does not travel again.
 
     Returns:
         The partner's update; the exchange is committed.
@@ -84,11 +73,12 @@ async def swap_payloads(
         StreamClosedError: the partner went away.
         DeadlineError: the partner stalled in the middle of the payload.
     """
+    held, partner_holds = (None, False) if early is None else await _compare_held(stream, exchange, early)
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_send(stream, update))
-            side = (buffer or SideBuffer()).take(update.num_bytes)
-            receiving = tasks.create_task(_receive(stream, exchange, update, side))
+            tasks.create_task(_send(stream, update, with_slow=not partner_holds))
+            side = (buffer or SideBuffer()).take(update.delta.nbytes if held is not None else update.num_bytes)
+            receiving = tasks.create_task(_receive(stream, exchange, update, side, held))
     except BaseExceptionGroup as group:
         raise _most_telling(group) from None
     delta, slow = receiving.result()
@@ -104,19 +94,32 @@ async def swap_payloads(
     )
 
 
-async def _send(stream: Stream, update: Update) -> None:
+async def _compare_held(stream: Stream, exchange: Exchange, early: EarlySlow) -> tuple[memoryview | None, bool]:
+    """The partner's φ, if it came ahead, and whether the partner has ours."""
+    held = early.held(exchange.partner, exchange.partner_base_digest)
+    await write_message(stream, Holding(slow=held is not None))
+    return held, (await read_message(stream, Holding)).slow
+
+
+async def _send(stream: Stream, update: Update, *, with_slow: bool) -> None:
     await write_bulk(stream, update.delta)
-    await write_bulk(stream, update.slow)
+    if with_slow:
+        await write_bulk(stream, update.slow)
 
 
 async def _receive(
-    stream: Stream, exchange: Exchange, update: Update, side: memoryview
+    stream: Stream, exchange: Exchange, update: Update, side: memoryview, held: memoryview | None
 ) -> tuple[memoryview, memoryview]:
+    """Δ and φ; `held` is the φ that came ahead, and was hashed then."""
     delta, slow = side[: update.delta.nbytes], side[update.delta.nbytes :]
     delta_hash, slow_hash = payload_hash(), payload_hash()
     await read_bulk_into(stream, delta, take_chunk=delta_hash.update)
     await read_bulk_into(stream, slow, take_chunk=slow_hash.update)
-    exchange.receive_payload(num_bytes=side.nbytes, delta_digest=delta_hash.digest(), base_digest=slow_hash.digest())
+    base_digest = slow_hash.digest() if held is None else exchange.partner_base_digest
+    slow = slow if held is None else held
+    exchange.receive_payload(
+        num_bytes=delta.nbytes + slow.nbytes, delta_digest=delta_hash.digest(), base_digest=base_digest
+    )
     return delta, slow
 
 

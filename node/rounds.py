@@ -104,6 +104,7 @@ class RoundLoop:
         self._round_s = manifest.sync.round_target_s
         self._planned_steps = manifest.sync.inner_steps
         self._met_nobody = False
+        self._ahead: asyncio.Task[None] | None = None
         self._resumed_cursor: int | None = None
         self.batches: RoundBatches | None = None
         progress.sequences_per_step = settings.sequences
@@ -137,8 +138,9 @@ class RoundLoop:
                     break
                 pending = await self._exchange(tasks, preparation)
             preparation.cancel()
-            if pending is not None:
-                pending.cancel()
+            for task in (pending, self._ahead):
+                if task is not None:
+                    task.cancel()
 
     async def _unless_stopped(self, task: asyncio.Task[T]) -> T | None:
         """Wait for a task that depends on the network; None, and the task cancelled, when the owner leaves first."""
@@ -250,7 +252,9 @@ class RoundLoop:
         if overlapped:
             limit_s = min(limit_s, DEADLINE_SHARE * max(self._round_s, sync.round_target_s))
         tasks.create_task(self._announce())
-        exchange = tasks.create_task(self._settle(update, limit_s, preparation))
+        if self._ahead is not None:
+            self._ahead.cancel()
+        exchange = tasks.create_task(self._settle(update, limit_s, preparation, tasks))
         if overlapped:
             return exchange
         await self._unless_stopped(exchange)
@@ -275,7 +279,7 @@ class RoundLoop:
         records = self._directory.peers
         return {peer: r for peer, r in records.items() if r.role == "trainer" and r.state == "training"}
 
-    async def _settle(self, update: Update, limit_s: float, preparation: Preparation) -> None:
+    async def _settle(self, update: Update, limit_s: float, preparation: Preparation, tasks: asyncio.TaskGroup) -> None:
         """Exchange with a partner, take the outer step, and measure where that leaves us."""
         deadline_s, finished = asyncio.get_running_loop().time() + limit_s, update.round
         await preparation.looked(timeout_s=limit_s)
@@ -283,6 +287,7 @@ class RoundLoop:
         averaged = await self._averaging.average(update, candidates=list(self._trainers()), deadline_s=deadline_s)
         self._met_nobody = not averaged.partners and averaged.group_mean is None
         outcome = await self._compute.run(self._trainer.apply, averaged.partners, averaged.group_mean)
+        self._ahead = tasks.create_task(self._look_ahead(finished + 1))
         for note in self._averaging.conclude(averaged, outcome, round=finished):
             self._progress.count_exchange(note)
             self._events.emit("exchange", **note.model_dump())
@@ -294,6 +299,12 @@ class RoundLoop:
             share = round(self._progress.training_share or 0.0, 4)
             self._events.emit("validation", round=finished + 1, loss=round(loss, 4), training_share=share)
         await self._after_round(finished)
+
+    async def _look_ahead(self, round: int) -> None:
+        def encode() -> Awaitable[bytes]:
+            return self._compute.run(self._trainer.replica.slow_ahead, round)
+
+        await self._averaging.look_ahead(round, encode, list(self._trainers()))
 
 
 def sequences_for(manifest: Manifest, *, now: int, round_s: float) -> int:

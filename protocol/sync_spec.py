@@ -91,6 +91,10 @@ class SyncSpec(Section):
     """Factor on the error feedback per exchange; 1 forgets nothing. Left out: 0.95 for sparseloco."""
     slow_codec: Literal["fp32", "bf16", "q8", "q4", "lattice"] = "lattice"
     """Format of φ on the wire (of θ for pair-average and theta_only); lattice sends 4 bits and needs replicas that are near."""
+    early_slow: bool = False
+    """Whether φ is sent to the expected partner ahead of the exchange, under the inner steps, so that only Δ is left to send; for
+    pairs that exchange φ apart from Δ, in another format than lattice. With it theta_only is false and slow_codec bf16 if left
+    out."""
     exchange_timeout_s: float = Field(default=60.0, ge=1.0, le=3600.0)
     """Deadline of one exchange, from the first proposal to the commit; afterwards the peer steps alone."""
     max_lag_rounds: int = Field(default=1, ge=0, le=8)
@@ -115,7 +119,9 @@ class SyncSpec(Section):
             defaults["max_lag_rounds"] = 0
         if data.get("algorithm", "noloco") == "noloco":
             beta, gamma = (data.get(name, cls.model_fields[name].default) for name in ("beta", "gamma"))
-            defaults["theta_only"] = beta == gamma and "delta_codec" not in data
+            defaults["theta_only"] = beta == gamma and "delta_codec" not in data and data.get("early_slow") is not True
+        if data.get("early_slow") is True:
+            defaults["slow_codec"] = "bf16"
         return defaults | data
 
     @model_validator(mode="after")
@@ -148,6 +154,21 @@ class SyncSpec(Section):
         if self.theta_only and self.gamma != self.beta:
             raise ValueError(
                 f"sync.theta_only needs gamma = beta; set sync.gamma to {self.beta}, or theta_only to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _slow_can_go_ahead(self) -> Self:
+        if not self.early_slow:
+            return self
+        if self.group != "pair" or self.algorithm == "pair-average" or self.theta_only:
+            raise ValueError(
+                "sync.early_slow needs pairs that exchange φ apart from Δ: noloco with theta_only = false, or diloco or sparseloco "
+                "with group pair; set it to false"
+            )
+        if self.slow_codec == "lattice":
+            raise ValueError(
+                "sync.early_slow needs another sync.slow_codec than lattice, which depends on Δ; take bf16"
             )
         return self
 

@@ -92,6 +92,7 @@ async def open_swarm(
     max_lag_rounds: int = 1,
     num_bytes: tuple[int, int] = (DELTA_BYTES, SLOW_BYTES),
     num_silent: int = 0,
+    sends_early: bool = False,
 ) -> AsyncIterator[Swarm]:
     """Running averagers; the last `num_silent` peers have a transport only."""
     swarm = Swarm(network or MemoryNetwork(), num_peers)
@@ -106,6 +107,7 @@ async def open_swarm(
                     run=RUN,
                     payload_bytes=sum(num_bytes),
                     max_lag_rounds=max_lag_rounds,
+                    sends_early=sends_early,
                 )
                 swarm.averagers.append(await stack.enter_async_context(averager))
             swarm.transports.append(transport)

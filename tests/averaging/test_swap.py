@@ -9,7 +9,8 @@ import pytest
 
 from averaging.averager import Averager
 from averaging.exchange_messages import payload_hash
-from averaging.swap import SideBuffer, describe
+from averaging.side_buffer import SideBuffer
+from averaging.swap import describe
 from averaging.update import Update
 from protocol.identity import Identity
 from protocol.ids import PeerId

@@ -40,6 +40,9 @@ def from_toml(**sync: Any) -> Manifest:
             {"group": "all", "alpha": 0.0, "beta": 1.0, "gamma": 0.0, "delta_codec": "topk", "error_decay": 0.95},
         ),
         ({"fragments": 4}, {"max_lag_rounds": 0, "blend": 0.0}),
+        ({}, {"early_slow": False, "slow_codec": "lattice", "theta_only": True}),
+        ({"early_slow": True}, {"slow_codec": "bf16", "theta_only": False}),
+        ({"early_slow": True, "slow_codec": "q8", "algorithm": "diloco", "group": "pair"}, {"slow_codec": "q8"}),
     ],
 )
 def test_what_is_left_out_follows_the_algorithm_and_is_written_out(
@@ -90,6 +93,11 @@ def test_a_default_that_is_left_out_of_the_canonical_form_is_refused() -> None:
         ),
         ({"fragments": 2, "fragment_choice": "random", "max_lag_rounds": 1}, "max_lag_rounds must be 0"),
         ({"fragments": 2, "fragment_choice": "often"}, "sync.fragment_choice"),
+        ({"early_slow": True, "theta_only": True}, "needs pairs that exchange φ apart from Δ"),
+        ({"early_slow": True, "algorithm": "pair-average"}, "needs pairs that exchange φ apart from Δ"),
+        ({"early_slow": True, "algorithm": "diloco"}, "needs pairs that exchange φ apart from Δ"),
+        ({"early_slow": True, "algorithm": "local"}, "needs pairs that exchange φ apart from Δ"),
+        ({"early_slow": True, "slow_codec": "lattice"}, "take bf16"),
         ({"delta_codec": "lattice"}, "sync.delta_codec"),
         ({"delta_codec": "zip"}, "sync.delta_codec"),
         ({"slow_codec": "topk"}, "sync.slow_codec"),
