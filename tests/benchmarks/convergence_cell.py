@@ -54,7 +54,7 @@ MODEL = ModelConfig(
     num_kv_heads=3,
     max_sequence_tokens=SEQUENCE_TOKENS,
 )
-_LATER_SYNC = {"fragment_choice": "turn"}
+_LATER_SYNC = {"fragment_choice": "turn", "early_slow": False}
 _LATER_FIELDS = {"sequences": 16, "moments": False}
 """What came after the first stored runs, in [sync] and in a cell, with the value that those had."""
 WARMUP_STEPS = 100
