@@ -8,6 +8,7 @@ makes the next plan for links that are slower by as much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,27 +49,27 @@ def calibrated(case: Case, factor: float) -> Case:
 def transfer_factor(ran: Sequence[Ran]) -> float:
     """By how much transfers have to be longer for the plans to take what they took, all together; 1 if nothing has run.
 
-    The sum of simulated times is nearly linear in the factor, so a few steps of the secant method do. Each case is one before
-    calibration.
+    The sum of simulated times is nearly linear in the factor, so a few steps of the secant method do; of the factors tried the one
+    that comes nearest counts. That is 1 where transfers decide nothing, or a plan's microbatches would wait for each other for
+    ever by our links. Each case is one before calibration.
     """
-    if not ran:
-        return 1.0
     took_s = sum(each.seconds for each in ran)
-
-    def excess_s(factor: float) -> float:
-        return sum(expected_s(calibrated(each.case, factor), each.plan) for each in ran) - took_s
-
-    before, factor = 1.0, 1.0
-    before_s = excess_s(before)
-    if abs(before_s) > CLOSE * took_s:
-        factor += FIRST_STEP if before_s < 0.0 else -FIRST_STEP
-    for _ in range(MAX_SIMULATIONS - 1):
-        if factor == before:
+    tried: dict[float, float] = {}
+    factor = 1.0
+    while ran and factor not in tried and len(tried) < MAX_SIMULATIONS:
+        simulated_s = sum(expected_s(calibrated(each.case, factor), each.plan) for each in ran)
+        tried[factor] = simulated_s - took_s
+        if simulated_s == math.inf or abs(tried[factor]) <= CLOSE * took_s:
             break
-        now_s = excess_s(factor)
-        slope = (now_s - before_s) / (factor - before)
-        before, before_s = factor, now_s
-        if abs(now_s) <= CLOSE * took_s or slope <= 0.0:
-            break
-        factor = min(max(factor - now_s / slope, LEAST), MOST)
-    return factor
+        factor = _next(tried)
+    return min(tried, key=lambda each: abs(tried[each]), default=1.0)
+
+
+def _next(tried: dict[float, float]) -> float:
+    """What to try after these factors, by what each leaves over of the time; the last one again if that tells nothing."""
+    *before, (factor, over_s) = tried.items()
+    if not before:
+        return factor + (FIRST_STEP if over_s < 0.0 else -FIRST_STEP)
+    other, other_s = before[-1]
+    slope = (over_s - other_s) / (factor - other)
+    return factor if slope <= 0.0 else min(max(factor - over_s / slope, LEAST), MOST)

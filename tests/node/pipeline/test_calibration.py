@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from node.pipeline.calibration import MOST, Ran, calibrated, transfer_factor
+from node.pipeline.case import Case
 from node.pipeline.construct import construct
+from node.pipeline.plan import Microbatch, Plan
 from node.pipeline.planning import search
 from node.pipeline.variants import expected_s
-from tests.node.pipeline.cases import drawn_case
+from tests.node.pipeline.cases import drawn_case, drawn_document
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.15, 1.3, 1.6])
@@ -37,3 +41,30 @@ def test_the_next_plan_is_made_for_links_as_slow_as_the_last_one_found_them() ->
     assert learnt_s > 1.1 * hoped_s
     factor = transfer_factor([Ran(case, plan, 1.25 * promised_s)])
     assert learnt_s == expected_s(calibrated(case, factor), again)
+
+
+def test_a_plan_that_never_ends_by_our_links_tells_nothing() -> None:
+    """In practice it did end: whoever waits for a slot too long is gone around."""
+    drawn = drawn_document(0)
+    document = drawn | {
+        "num_nodes": 4,
+        "stage_sizes": [2, 1, 1],
+        "path_length": 3,
+        "slots_per_node": 1,
+        "rounds": 1,
+        "forward_s": [1.0] * 4,
+        "link_s": [[0.0] * 4] * 4,
+        "spread": 0.25,
+    }
+    crossed = tuple(Microbatch(path=path) for path in ((0, 2, 3), (1, 3, 2)))
+    plan = Plan(partition=((0, 1), (2,), (3,)), microbatches=crossed)
+    case = Case.model_validate(document)
+    assert expected_s(case, plan) == math.inf
+    assert transfer_factor([Ran(case, plan, 10.0)]) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.8, 1.25])
+def test_where_transfers_take_no_time_they_are_not_to_blame(share: float) -> None:
+    case = drawn_case(2, link_s=[[0.0] * 6] * 6)
+    plan = construct(case)
+    assert transfer_factor([Ran(case, plan, share * expected_s(case, plan))]) == 1.0
