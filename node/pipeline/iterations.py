@@ -44,6 +44,7 @@ class IterationStats:
         returned: of our own microbatches.
         lost: of our own microbatches.
         is_complete: whether every origin said that it ended; else the deadline ended it.
+        ended_s: from its beginning until that; our inner step comes after.
     """
 
     number: int
@@ -52,6 +53,7 @@ class IterationStats:
     returned: int = 0
     lost: int = 0
     is_complete: bool = True
+    ended_s: float = 0.0
 
 
 class Iterations:
@@ -92,12 +94,14 @@ class Iterations:
         number = self._server.iteration
         losses: list[float] = []
         is_complete = False
+        started_s = asyncio.get_running_loop().time()
         self._stages.begin_iteration()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
                 if self._trainer.stage == 0:
                     await self._send(number, batches, losses)
                 is_complete = await self._server.wait_for_end(self.awaited)
+        ended_s = asyncio.get_running_loop().time() - started_s
         self._listen()
         self._server.close_iteration()
         tokens = await self._compute.run(self._trainer.step, least_tokens=self._least_tokens)
@@ -109,6 +113,7 @@ class Iterations:
             returned=len(losses),
             lost=len(batches) - len(losses),
             is_complete=is_complete,
+            ended_s=ended_s,
         )
 
     async def _send(self, number: int, batches: Sequence[Tensor], losses: list[float]) -> None:

@@ -68,7 +68,7 @@ class Planning:
         self._took_by = 0
 
     def note_iteration(self, number: int, seconds: float) -> None:
-        """What an iteration took that went by plan `number` from its beginning; 0: by none."""
+        """What an iteration took, without the inner step, that went by plan `number` from its beginning; 0: by none."""
         if number != self._took_by:
             self._took_by, self._took_s = number, []
         self._took_s.append(seconds)
@@ -89,6 +89,13 @@ class Planning:
         if iteration % PLAN_ITERATIONS >= turn * PLAN_ITERATIONS // (len(elected) + 1):
             await self._make(records, number)
 
+    def _incumbent_took_s(self, records: Mapping[PeerId, PeerRecord]) -> float | None:
+        """The median iteration by the newest plan; None if it is not known, or not all origins follow that plan."""
+        number = self._book.number
+        is_followed = all(record.plan == number for record in records.values() if record.stage == 0)
+        is_measured = self._took_by == number > 0 and len(self._took_s) >= LEAST_ITERATIONS
+        return median(self._took_s) if is_followed and is_measured else None
+
     async def _make(self, records: Mapping[PeerId, PeerRecord], number: int) -> None:
         problem = live_case(records, spec=self._spec, payload_bytes=self._payload_bytes)
         if problem is None:
@@ -100,8 +107,7 @@ class Planning:
             return  # too large to be passed on
         newest = self._book.newest
         incumbent = None if newest is None else newest.restricted(members, case)
-        is_measured = self._took_by == self._book.number > 0 and len(self._took_s) >= LEAST_ITERATIONS
-        took_s = median(self._took_s) if is_measured else None
+        took_s = self._incumbent_took_s(records)
         tasks = 2 * case.path_length * len(members) * self._spec.microbatches
         loop = asyncio.get_running_loop()
         started_s = loop.time()

@@ -40,6 +40,9 @@ __all__ = ["StageRebuilder", "ask_kept", "mean_of_neighbours"]
 ASK_TIMEOUT_S = 10.0
 NUM_TRIES, TRY_AGAIN_S = 5, 3.0
 MAX_ASKED = 32
+LEAST_VOUCHERS = 2
+"""Lost replicas that must vouch for what replaces a checkpoint of our own: one that nobody else has seen may be made up, and a
+goodbye is enough to be counted as lost."""
 
 
 class StageRebuilder:
@@ -69,7 +72,8 @@ class StageRebuilder:
         """Put a state into the trainer, at the round of the other stages; False if the swarm is new or nothing is left.
 
         Args:
-            newer_than: the round of a checkpoint of our own: better is only a later copy that the lost replicas vouched for.
+            newer_than: the round of a checkpoint of our own: better is only a later copy that two lost replicas vouched for, or
+                that we took ourselves.
         """
         swarm, stage = self.swarm_round(), self._trainer.stage
         if swarm == 0:
@@ -117,7 +121,7 @@ class StageRebuilder:
         for peer, ref in zip(asked, answers, strict=True):
             if ref is not None:
                 holders.setdefault(ref, []).append(peer)
-        trusted = self._vouched_for()
+        trusted = self._vouched_for(least=1 if newer_than is None else LEAST_VOUCHERS)
         if self._own is not None and self._own.round + MAX_RESUME_LAG >= newest:
             trusted.add(self._own)
         kept = [
@@ -129,14 +133,14 @@ class StageRebuilder:
             kept = [item for item in kept if item[0] == 0 and item[2].round > newer_than]
         return [(ref, donors) for _, _, ref, donors in sorted(kept, key=lambda item: item[:2])]
 
-    def _vouched_for(self) -> set[SnapshotRef]:
-        """Snapshots for which enough of the stage's peers voted before they were gone."""
+    def _vouched_for(self, *, least: int) -> set[SnapshotRef]:
+        """Snapshots for which enough of the stage's peers voted before they were gone, at least so many."""
         gone = {
             peer: r
             for peer, r in self._directory.departed.items()
             if r.stage == self._trainer.stage and r.role == "trainer" and r.state in ("training", "leaving")
         }
-        return {candidate.ref for candidate in choose_snapshots(gone)}
+        return {candidate.ref for candidate in choose_snapshots(gone) if len(candidate.voters) >= least}
 
     async def _newest_of(self, stage: int) -> dict[str, Tensor] | None:
         records = self._directory.peers

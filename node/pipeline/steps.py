@@ -216,7 +216,7 @@ class PipelineSteps(InnerSteps):
             self._iteration = None
         seconds = asyncio.get_running_loop().time() - started_s
         if stats.is_complete:
-            self._planning.note_iteration(plan, seconds)
+            self._planning.note_iteration(plan, stats.ended_s)
         self._tell_pace()
         if self.round_now == self._trainer.round:  # also after an iteration without a step, or several that were missed
             self._trainer.enter(self._server.iteration)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
+from node.compute import VirtualCompute
 from node.pipeline.calibration import MOST, Ran, calibrated, transfer_factor
 from node.pipeline.case import Case
 from node.pipeline.construct import construct
 from node.pipeline.plan import Microbatch, Plan
-from node.pipeline.planning import search
+from node.pipeline.planning import Planning, search
+from node.pipeline.published import PLAN_ITERATIONS, planners
 from node.pipeline.variants import expected_s
+from protocol.identity import Identity
+from protocol.virtual_time import run_virtual
 from tests.node.pipeline.cases import drawn_case, drawn_document
+from tests.node.pipeline.records import peer_id, record
+from tests.node.runs import tiny_run
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.15, 1.3, 1.6])
@@ -68,3 +79,40 @@ def test_where_transfers_take_no_time_they_are_not_to_blame(share: float) -> Non
     case = drawn_case(2, link_s=[[0.0] * 6] * 6)
     plan = construct(case)
     assert transfer_factor([Ran(case, plan, share * expected_s(case, plan))]) == 1.0
+
+
+class WatchingCompute(VirtualCompute):
+    """Tells what a search was given, and makes no plan."""
+
+    def __init__(self) -> None:
+        super().__init__(seconds_per_call=0.0)
+        self.told: list[float | None] = []
+
+    async def run_aside(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self.told.append(kwargs["took_s"])
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(("followed", "learnt"), [((1, 1), 5.0), ((1, 0), None)])
+def test_only_iterations_by_a_plan_that_all_origins_followed_teach(
+    tmp_path: Path, followed: tuple[int, int], learnt: float | None
+) -> None:
+    """An origin that finds a plan slow goes the greedy way: what its iterations take says nothing of the plan."""
+    signed, _ = tiny_run(tmp_path, model__num_layers=4, pipeline__stages=4)
+    plans = [*followed, 1, 1, 1]
+    found = {
+        peer_id(number): record(number, max(0, number - 1), run=signed.manifest.run_id, forward_s=0.1, plan=plan)
+        for number, plan in enumerate(plans)
+    }
+    (own, *_), compute = planners(found, run=signed.manifest.run_id, number=2), WatchingCompute()
+    identity = next(each for each in map(_identity, range(len(plans))) if each.peer_id == own)
+    book: Any = SimpleNamespace(number=1, newest=None, fetch=AsyncMock())
+    planning = Planning(signed.manifest, book=book, payload_bytes=1000, identity=identity, compute=compute)
+    for seconds in (4.0, 5.0, 60.0):
+        planning.note_iteration(1, seconds)
+    run_virtual(planning.look(found, 2 * PLAN_ITERATIONS - 1))
+    assert compute.told == [learnt]
+
+
+def _identity(number: int) -> Identity:
+    return Identity.generate(bytes([number]) * 32)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from node.compute import VirtualCompute
+from node.pipeline.iterations import Iterations
 from node.pipeline.ledger import MicrobatchLostError
 from node.pipeline.messages import NOTICE_PROTOCOL, Notice
+from protocol.ids import PeerId
 from protocol.memory import MemoryTransport
 from protocol.virtual_time import run_virtual
 from protocol.wire import write_message
@@ -198,5 +203,38 @@ def test_a_frozen_peer_goes_on_where_most_origins_are() -> None:
             assert await asyncio.wait_for(waiting, 1.0) is False
             server.next_iteration()
             assert server.iteration == 8
+
+    run_virtual(story())
+
+
+def test_the_inner_step_is_not_counted_as_a_part_of_the_pipeline() -> None:
+    """What the planner compares with its simulation has no step in it: a slow one would pass for slow links."""
+
+    async def wait_for_end(*_: object) -> bool:
+        await asyncio.sleep(2.0)
+        return True
+
+    def nothing(*_: object, **__: object) -> int:
+        return 0
+
+    server: Any = SimpleNamespace(
+        iteration=3, wait_for_end=wait_for_end, close_iteration=nothing, next_iteration=nothing
+    )
+    stages: Any = SimpleNamespace(begin_iteration=nothing, holders=lambda stage: [])
+    trainer: Any = SimpleNamespace(stage=1, step=nothing)
+
+    async def story() -> None:
+        stats = await Iterations(
+            peer=PeerId("us"),
+            server=server,
+            trainer=trainer,
+            compute=VirtualCompute(seconds_per_call=30.0),
+            stages=stages,
+            choose_paths=lambda iteration, count: [],
+            timeout_s=60.0,
+        ).run()
+        assert stats.is_complete
+        assert stats.ended_s == pytest.approx(2.0)
+        assert asyncio.get_running_loop().time() > 30.0
 
     run_virtual(story())

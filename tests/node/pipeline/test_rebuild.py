@@ -189,3 +189,13 @@ def test_a_checkpoint_gives_way_to_a_later_copy_that_the_lost_replicas_vouched_f
 
 def test_a_checkpoint_is_better_than_the_mean_of_the_neighbours(scene: Scene) -> None:
     assert scene.rebuilt_from(newer_than=3) is None
+
+
+@pytest.mark.parametrize("state", ["training", "leaving"])
+def test_one_stranger_s_goodbye_takes_no_checkpoint_from_the_only_replica(scene: Scene, state: str) -> None:
+    """When it comes back nobody of its stage is there but whoever has just said so."""
+    forged = scene.copy(2.0, round=30)
+    scene.kept = {2: forged, 3: forged}
+    scene.gone(7, forged, state=state)
+    assert scene.rebuilt_from(newer_than=28) is None
+    assert scene.rebuilt_from() == 2.0
