@@ -18,7 +18,7 @@ from node.pipeline.variants import expected_s
 
 __all__ = ["Ran", "calibrated", "transfer_factor"]
 
-LEAST, MOST = 0.75, 2.0
+LEAST, MOST = 0.75, 1.5
 """Whatever else held up an iteration, links are not believed to be slower than this, nor faster."""
 FIRST_STEP = 0.25
 CLOSE = 0.01

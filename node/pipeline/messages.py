@@ -67,6 +67,8 @@ class Task(Message):
     """Of the receiver in the path; 0 for the loss."""
     priority: Annotated[int, Field(ge=0, lt=1 << 20)] = 0
     """Lower goes first."""
+    payload_bytes: Count
+    """Length of a microbatch's encoded activations; whoever expects another has another shape."""
 
 
 class Reply(Message):

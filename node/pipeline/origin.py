@@ -54,6 +54,7 @@ class Origin:
             path=list(path),
             position=0,
             priority=priority,
+            payload_bytes=self._terms.payload_bytes,
         )
         finished: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._ledger.take(key_of(task), Held(path=task.path, finished=finished))

@@ -146,6 +146,8 @@ class StageServer:
             async with asyncio.timeout(HEADER_TIMEOUT_S):
                 task = await read_message(stream, Task)
             heard_s = asyncio.get_running_loop().time()
+            if task.payload_bytes != self._terms.payload_bytes:
+                raise ProtocolError("activations of a wrong shape", peer=stream.peer)
             refusal = await self._ledger.refusal(task, stream.peer)
             if refusal is None:
                 self._handover.heard_from(stream.peer)

@@ -125,7 +125,15 @@ def test_the_holder_does_not_close_before_its_last_answer_is_read() -> None:
             handover = Handover(terms, origin.transport, pipeline, lambda task, reason: None)
             counts = asyncio.get_running_loop().create_future()
             counts.set_result(True)
-            task = Task(run=RUN, iteration=0, microbatch=1, kind="backward", path=[*pipeline.path(0, 1)], position=1)
+            task = Task(
+                run=RUN,
+                iteration=0,
+                microbatch=1,
+                kind="backward",
+                path=[*pipeline.path(0, 1)],
+                position=1,
+                payload_bytes=PAYLOAD_BYTES,
+            )
             assert await handover.backward(task, memoryview(bytes(PAYLOAD_BYTES)), counts)
             await asyncio.sleep(2.0)
 

@@ -10,13 +10,17 @@ import torch
 
 from model.stage import run_path
 from node.pipeline.ledger import MicrobatchLostError
+from node.pipeline.messages import TASK_PROTOCOL, Reply, Task
+from protocol.errors import StreamClosedError
 from protocol.ids import PeerId
 from protocol.memory import LinkSpec
 from protocol.virtual_time import run_virtual
+from protocol.wire import read_message, write_message
 from tests.node.pipeline.stages import (
     BACKWARD,
     FORWARD,
     PER_MICROBATCH,
+    RUN,
     Pipeline,
     microbatches,
     train_all,
@@ -113,6 +117,30 @@ def test_values_that_nobody_honest_sends_are_refused_and_counted(value: float) -
                 for p in pipeline.at(2).worker.stage.parameters()
                 if p.grad is not None
             )
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("num_bytes", [1, 1 << 30])
+def test_a_wrong_shape_is_refused_and_counted(num_bytes: int) -> None:
+    async def story() -> None:
+        async with Pipeline(2) as pipeline:
+            liar, other = pipeline.at(0), pipeline.at(1)
+            task = Task(
+                run=RUN,
+                iteration=0,
+                microbatch=1,
+                kind="forward",
+                path=[*pipeline.path(0, 1)],
+                position=1,
+                payload_bytes=num_bytes,
+            )
+            async with await liar.transport.open(other.peer, TASK_PROTOCOL) as stream:
+                await write_message(stream, task)
+                with pytest.raises(StreamClosedError):
+                    await read_message(stream, Reply)
+            assert other.violations[liar.peer] == 1
+            assert pipeline.counted(1) == 0
 
     run_virtual(story())
 
