@@ -63,14 +63,15 @@ class EarlySlow:
         self._terms, self._transport, self._violations = terms, transport, violations
         self._round, self._data = -1, b""
         self._served: set[PeerId] = set()
+        self._known: frozenset[PeerId] = frozenset()
         self._is_ready = asyncio.Event()
         self._num_waiting = 0
         self._buffer = SideBuffer()
         self._held: tuple[PeerId, bytes, memoryview] | None = None
 
-    def publish(self, round: int, data: bytes) -> None:
-        """From now on `data` is our encoded φ of that round."""
-        self._round, self._data, self._served = round, data, set()
+    def publish(self, round: int, data: bytes, *, candidates: Iterable[PeerId]) -> None:
+        """From now on `data` is our encoded φ of that round, for these and nobody else."""
+        self._round, self._data, self._served, self._known = round, data, set(), frozenset(candidates)
         self._is_ready.set()
         self._is_ready = asyncio.Event()
 
@@ -105,12 +106,15 @@ class EarlySlow:
                 request = await read_message(stream, EarlyRequest)
         except TimeoutError:
             raise DeadlineError("stream opened without a request") from None
+        except ProtocolError:
+            self._violations[stream.peer] += 1
+            raise
         data = await self._data_for(stream.peer, request)
         await write_message(stream, EarlyReply(num_bytes=len(data)))
         await write_bulk(stream, data)
 
     async def _data_for(self, peer: PeerId, request: EarlyRequest) -> bytes:
-        if request.run != self._terms.run:
+        if request.run != self._terms.run or peer not in self._known:
             return b""
         if request.round == self._round + 1 and self._num_waiting < MAX_WAITING:
             self._num_waiting += 1

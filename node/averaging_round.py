@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,20 +90,6 @@ class AveragingRounds(ABC):
             What came of it. Cancellation leaves no stream open.
         """
 
-    async def look_ahead(
-        self, round: int, encode: Callable[[], Awaitable[bytes]], candidates: Sequence[PeerId]
-    ) -> bool:
-        """Send and fetch what can travel before a round's exchange; to be cancelled when that begins.
-
-        Args:
-            encode: gives our φ of that round.
-            candidates: as for `average`.
-
-        Returns:
-            Whether anything can.
-        """
-        return False
-
     def conclude(self, averaged: Averaged, outcome: Outcome, *, round: int) -> list[ExchangeNote]:
         """Take in what `Trainer.apply` made of it.
 
@@ -136,17 +122,6 @@ class SwapRounds(AveragingRounds):
             results = await self._averager.exchange_all(update, candidates=candidates, deadline_s=deadline_s)
             return Averaged(exchanges=results)
         return Averaged(exchanges=[await self._averager.exchange(update, candidates=candidates, deadline_s=deadline_s)])
-
-    async def look_ahead(
-        self, round: int, encode: Callable[[], Awaitable[bytes]], candidates: Sequence[PeerId]
-    ) -> bool:
-        early = self._averager.early
-        if early is None:
-            return False
-        data = await encode()
-        early.publish(round, data)
-        await early.fetch(round, num_bytes=len(data), candidates=candidates)
-        return True
 
 
 class GroupRounds(AveragingRounds):

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from averaging.allreduce import GroupAverager
 from averaging.averager import Averager
+from averaging.early import EarlySlow
 from averaging.update import Update
 from model.batches import RoundBatches
 from node.averaging_round import averaging_rounds, group_summary
@@ -96,6 +97,7 @@ class RoundLoop:
         self._manifest, self._trainer, self._compute, self._source = manifest, trainer, compute, source
         self._steps = steps
         self._averaging = averaging_rounds(manifest, averager, group)
+        self._early = averager.early
         self._directory, self._progress = directory, progress
         self._events, self._settings = events, settings
         self._after_round, self._announce = after_round, announce
@@ -287,7 +289,8 @@ class RoundLoop:
         averaged = await self._averaging.average(update, candidates=list(self._trainers()), deadline_s=deadline_s)
         self._met_nobody = not averaged.partners and averaged.group_mean is None
         outcome = await self._compute.run(self._trainer.apply, averaged.partners, averaged.group_mean)
-        self._ahead = tasks.create_task(self._look_ahead(finished + 1))
+        if self._early is not None:
+            self._ahead = tasks.create_task(self._look_ahead(self._early, finished + 1))
         for note in self._averaging.conclude(averaged, outcome, round=finished):
             self._progress.count_exchange(note)
             self._events.emit("exchange", **note.model_dump())
@@ -300,11 +303,12 @@ class RoundLoop:
             self._events.emit("validation", round=finished + 1, loss=round(loss, 4), training_share=share)
         await self._after_round(finished)
 
-    async def _look_ahead(self, round: int) -> None:
-        def encode() -> Awaitable[bytes]:
-            return self._compute.run(self._trainer.replica.slow_ahead, round)
-
-        await self._averaging.look_ahead(round, encode, list(self._trainers()))
+    async def _look_ahead(self, early: EarlySlow, round: int) -> None:
+        """Send and fetch what can travel before that round's exchange; cancelled when that begins."""
+        candidates = list(self._trainers())
+        data = await self._compute.run(self._trainer.replica.slow_ahead, round)
+        early.publish(round, data, candidates=candidates)
+        await early.fetch(round, num_bytes=len(data), candidates=candidates)
 
 
 def sequences_for(manifest: Manifest, *, now: int, round_s: float) -> int:

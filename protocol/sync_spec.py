@@ -2,7 +2,8 @@
 
 One code path runs all algorithms; they differ in these settings only. Some defaults depend on the algorithm (`_DEFAULTS`), so
 they are filled in before validation and stand in the canonical form like everything else: a later version with other
-defaults still sees a run as it was meant. The defaults are those that learnt best for their bytes (docs/benchmarks.md).
+defaults still sees a run as it was meant. The defaults are those that learnt best for their bytes
+(docs/benchmarks.md), but for fragments, which ask peers to be in step.
 Combinations under which replicas would drift apart are errors here, before anything starts.
 """
 

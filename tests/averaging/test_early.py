@@ -48,7 +48,7 @@ async def look_ahead(swarm: Swarm, *, data: Callable[[int], bytes] | None = None
     async with asyncio.TaskGroup() as tasks:
         for index in range(len(swarm.averagers)):
             early = early_of(swarm, index)
-            early.publish(ROUND, (data or (lambda number: slow_of(swarm, number)))(index))
+            early.publish(ROUND, (data or (lambda number: slow_of(swarm, number)))(index), candidates=swarm.ids)
             tasks.create_task(early.fetch(ROUND, num_bytes=NUM_BYTES[1], candidates=swarm.ids))
 
 
@@ -77,7 +77,7 @@ def test_who_expected_somebody_else_sends_all() -> None:
 
     async def main() -> float:
         async with slow_lines(2) as swarm:
-            early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0))
+            early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0), candidates=swarm.ids)
             return await exchanged_s(swarm)
 
     assert run_virtual(main()) > 0.9
@@ -86,7 +86,7 @@ def test_who_expected_somebody_else_sends_all() -> None:
 def test_one_side_may_hold_what_the_other_does_not() -> None:
     async def main() -> None:
         async with slow_lines(2) as swarm:
-            early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0))
+            early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0), candidates=swarm.ids)
             await early_of(swarm, 1).fetch(ROUND, num_bytes=NUM_BYTES[1], candidates=swarm.ids)
             assert await exchanged_s(swarm) > 0.9
 
@@ -107,13 +107,13 @@ def test_what_does_not_fit_the_offer_is_not_used() -> None:
 def test_a_request_waits_for_the_outer_step() -> None:
     async def main() -> None:
         async with slow_lines(2) as swarm:
-            early_of(swarm, 0).publish(ROUND - 1, b"old")
+            early_of(swarm, 0).publish(ROUND - 1, b"old", candidates=swarm.ids)
             fetch = early_of(swarm, 1).fetch(ROUND, num_bytes=NUM_BYTES[1], candidates=swarm.ids)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(fetch)
                 await asyncio.sleep(20.0)
-                early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0))
-            early_of(swarm, 1).publish(ROUND, slow_of(swarm, 1))
+                early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0), candidates=swarm.ids)
+            early_of(swarm, 1).publish(ROUND, slow_of(swarm, 1), candidates=swarm.ids)
             await early_of(swarm, 0).fetch(ROUND, num_bytes=NUM_BYTES[1], candidates=swarm.ids)
             assert await exchanged_s(swarm) < 0.3
 
@@ -142,7 +142,7 @@ def test_a_wrong_length_is_a_violation_and_costs_nothing_else(num_bytes: int) ->
 def test_it_is_sent_to_few_and_once_to_each() -> None:
     async def main() -> None:
         async with slow_lines(4) as swarm:
-            early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0))
+            early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0), candidates=swarm.ids)
 
             async def asked(index: int, **changes: object) -> int:
                 request = EarlyRequest.model_validate({"run": RUN, "round": ROUND} | changes)
@@ -154,6 +154,8 @@ def test_it_is_sent_to_few_and_once_to_each() -> None:
             assert await asked(1, round=ROUND + 7) == 0
             assert [await asked(1), await asked(1)] == [NUM_BYTES[1], 0]
             assert [await asked(2), await asked(3)] == [NUM_BYTES[1], 0]
+            early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0), candidates=swarm.ids[:2])
+            assert [await asked(3), await asked(1)] == [0, NUM_BYTES[1]], "a stranger takes nobody's place"
 
     run_virtual(main())
 
