@@ -146,10 +146,10 @@ class StageServer:
             async with asyncio.timeout(HEADER_TIMEOUT_S):
                 task = await read_message(stream, Task)
             heard_s = asyncio.get_running_loop().time()
-            if task.payload_bytes != self._terms.payload_bytes:
-                raise ProtocolError("activations of a wrong shape", peer=stream.peer)
             refusal = await self._ledger.refusal(task, stream.peer)
-            if refusal is None:
+            if refusal is None:  # of our run, so its microbatches have the shape of ours
+                if task.payload_bytes != self._terms.payload_bytes:
+                    raise ProtocolError("activations of a wrong shape", peer=stream.peer)
                 self._handover.heard_from(stream.peer)
                 await serve[task.kind](stream, task, heard_s)
                 return
