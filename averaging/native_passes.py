@@ -40,11 +40,12 @@ def is_native(config: ReplicaConfig) -> bool:
 
 
 class NativePasses(Passes):
-    """See the module; arguments as for `averaging.passes.TiledPasses`. With pair averaging the anchor is φ itself."""
+    """See the module; arguments as for `TiledPasses`. With pair averaging the anchor is φ itself, or what is sent."""
 
     def __init__(self, vectors: Vectors, payloads: Payloads, fragments: Fragments, config: ReplicaConfig) -> None:
         outer = config.outer
         assert (vectors.anchor is vectors.phi) == (not outer.keeps_slow)
+        self._sends_anchor = not outer.keeps_slow and config.slow_codec == "fp32"
         self._vectors, self._payloads, self._fragments, self._config = vectors, payloads, fragments, config
         self._translates = outer.sends_delta and config.delta_codec not in CODECS
         self._piece_numel = tile_numel(vectors.theta.device) if self._translates else _PIECE_NUMEL
@@ -67,7 +68,7 @@ class NativePasses(Passes):
         )
 
     def pack(self, round: int) -> float:
-        if not self._config.outer.keeps_slow and not self._is_finite(round):
+        if not self._config.outer.keeps_slow and not self._sends_anchor and not self._is_finite(round):
             return math.nan  # φ must stay as it was
         window = self._payloads.window
         drift = 0.0 if window is None else float(window.drift_of(round))
@@ -82,7 +83,10 @@ class NativePasses(Passes):
         self, round: int, accepted: Sequence[Partner], *, scale: float, clip: float, keeps_residual: bool
     ) -> float:
         outer = self._config.outer
-        if not outer.keeps_slow and not accepted:  # φ holds θ as it was packed, which is the solo step
+        if not outer.keeps_slow and not accepted:  # the solo step: φ is θ as it was packed, if it is not that already
+            if self._sends_anchor:
+                for piece in self._pieces(round):
+                    self._vectors.phi[piece.span] = self._anchor_of(piece)
             return 0.0
         keeps_residual = keeps_residual and self._vectors.residual.numel() > 0
         rule = replace(self._rule, scale=scale, clip=clip, keeps_residual=keeps_residual)
@@ -104,7 +108,7 @@ class NativePasses(Passes):
         squares = exchange.pack(
             vectors,
             delta=delta,
-            slow=self._slow(round, piece, payloads.slow),
+            slow=None if self._sends_anchor else self._slow(round, piece, payloads.slow),
             slow_is_theta=outer.slow_is_theta,
             moved_by_momentum=outer.has_momentum and not outer.slow_is_theta,
             error_decay=self._config.error_decay,
@@ -120,7 +124,6 @@ class NativePasses(Passes):
         payloads, outer, found = self._payloads, self._config.outer, Measurement()
         num_blocks = -(-self._numel(round) // BLOCK)
         squares, readable = torch.zeros(num_blocks), torch.ones(num_blocks, dtype=torch.uint8)
-        near = self._vectors.anchor if outer.slow_is_theta else self._vectors.phi
 
         def of_delta(piece: Piece) -> float:
             ours, theirs = (
@@ -141,7 +144,7 @@ class NativePasses(Passes):
                 ours,
                 theirs,
                 numel=_numel_of(piece),
-                near=near[piece.span],
+                near=self._anchor_of(piece) if outer.slow_is_theta else self._vectors.phi[piece.span],
                 squares=squares[blocks],
                 readable=readable[blocks],
             )[0]
@@ -225,8 +228,14 @@ class NativePasses(Passes):
             phi=vectors.phi[piece.span],
             momentum=vectors.momentum[piece.span],
             residual=vectors.residual[piece.span],
-            anchor=vectors.anchor[piece.span],
+            anchor=self._anchor_of(piece),
         )
+
+    def _anchor_of(self, piece: Piece) -> Tensor:
+        """θ as it was packed. Pair averaging that sends it in fp32 keeps it in the payload alone: a pass less, and φ can wait."""
+        if self._sends_anchor:
+            return self._payloads.slow.view(torch.float32)[piece.start : piece.start + _numel_of(piece)]
+        return self._vectors.anchor[piece.span]
 
     def _numel(self, round: int) -> int:
         return self._fragments.numel(self._fragments.index(round))

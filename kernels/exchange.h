@@ -17,7 +17,7 @@ typedef struct {
     int64_t start;
 } Payload;
 
-/* One piece of the state; absent ones are null. With pair averaging the anchor is phi itself. */
+/* One piece of the state; absent ones are null. With pair averaging the anchor may be phi itself. */
 typedef struct {
     float *theta, *phi, *momentum, *residual, *anchor;
 } Vectors;

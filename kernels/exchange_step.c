@@ -77,14 +77,17 @@ static void keep_residual(const Step *step, const Vectors *one, int64_t begin, i
     for (int i = 0; i < BLOCK; i++) residual[i] = residual[i] * decay + (one->anchor[i] - one->phi[i]) - sent[i];
 }
 
-/* phi <- where the step leads, theta follows; by <- phi' - anchor. Where the step begins at the anchor, that is phi itself. */
-static void move_from_anchor(float *restrict theta, float *restrict phi, float *restrict by, float scale, float keep) {
+/* phi <- where the step leads, theta follows; by <- phi' - anchor. Pair averaging begins at the anchor and does not read phi. */
+static void move_from_anchor(float *restrict theta, float *restrict phi, const float *restrict anchor, float *restrict by,
+                             float scale, float keep) {
+    float moved[BLOCK];
     for (int i = 0; i < BLOCK; i++) {
-        float packed = phi[i], moved = packed + by[i] * scale, now = theta[i];
-        by[i] = moved - packed;
-        theta[i] = keep == 1.0f ? (now - packed) + moved : now + by[i] * keep;
-        phi[i] = moved;
+        float packed = anchor[i], now = theta[i];
+        moved[i] = packed + by[i] * scale;
+        by[i] = moved[i] - packed;
+        theta[i] = keep == 1.0f ? (now - packed) + moved[i] : now + by[i] * keep;
     }
+    stream_block(phi, moved);
 }
 
 static void move_from_phi(float *restrict theta, float *restrict phi, const float *restrict anchor, float *restrict by, float scale,
@@ -101,10 +104,12 @@ static void move_from_phi(float *restrict theta, float *restrict phi, const floa
 double llm_node_step(const Step *step) {
     double sum = 0.0;
     Copies copies;
+    Vectors read = step->vectors;
+    if (step->rule == PAIR_AVERAGE) read.phi = NULL;
     for (int64_t begin = 0; begin < step->numel; begin += BLOCK) {
         int count = count_of(step->numel, begin);
-        prefetch_all(&step->vectors, begin, step->numel);
-        if (step->vectors.anchor != step->vectors.phi) prefetch(step->vectors.anchor, begin, step->numel);
+        prefetch_all(&read, begin, step->numel);
+        prefetch(read.anchor, begin, step->numel);
         Vectors one = vectors_of(&step->vectors, &copies, begin, count);
         float mean[BLOCK], by[BLOCK], copy[BLOCK], *momentum = one.momentum;
         if (step->keeps_residual && !step->is_dry) keep_residual(step, &one, begin, count);
@@ -115,12 +120,14 @@ double llm_node_step(const Step *step) {
             clear_behind(mean, count);
             outer_step(step, momentum, mean, by);
         }
-        if (!step->is_dry && one.anchor == one.phi)
-            move_from_anchor(one.theta, one.phi, by, step->scale, step->keep);
+        if (!step->is_dry && step->rule == PAIR_AVERAGE)
+            move_from_anchor(one.theta, one.phi, one.anchor == one.phi ? memcpy(copy, one.phi, sizeof copy) : one.anchor, by,
+                             step->scale, step->keep);
         else if (!step->is_dry)
             move_from_phi(one.theta, one.phi, one.anchor, by, step->scale, step->keep);
         sum += sum_of_squares(by);
         if (!step->is_dry) copy_back(&step->vectors, &one, begin, count);
     }
+    settle();
     return sum;
 }

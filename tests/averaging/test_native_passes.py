@@ -79,8 +79,9 @@ def test_threads_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("outer", [PAIR, THETA, BOTH], ids=["pair", "theta", "both"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-def test_a_diverged_round_leaves_the_slow_weights(bad: float, outer: OuterConfig) -> None:
-    replica = Replica(torch.randn(NUMEL), config("lattice", compiled=True, outer=outer))
+@pytest.mark.parametrize("codec", ["lattice", "fp32"])
+def test_a_diverged_round_leaves_the_slow_weights(codec: str, bad: float, outer: OuterConfig) -> None:
+    replica = Replica(torch.randn(NUMEL), config(codec, compiled=True, outer=outer))
     phi = replica.phi.clone()
     replica.theta[-1] = bad
     with pytest.raises(FloatingPointError):
@@ -96,6 +97,20 @@ def test_alone_a_pair_averaging_replica_does_not_change(codec: str) -> None:
     replica.pack(round=0, tokens=1)
     assert replica.apply([]).kind == "solo"
     assert torch.equal(replica.theta, expected)
+    assert torch.equal(replica.phi, expected)
+
+
+def test_pair_averaging_in_fp32_packs_by_one_copy_of_the_weights() -> None:
+    """What is sent is the anchor as well: φ stays as it was until the step."""
+    replica = Replica(torch.randn(NUMEL), config("fp32", compiled=True, outer=PAIR))
+    phi = replica.phi.clone()
+    replica.theta.add_(1e-3)
+    expected = replica.theta.clone()
+    update = replica.pack(round=0, tokens=1)
+    assert bytes(update.slow) == expected.numpy().tobytes()
+    assert torch.equal(replica.phi, phi)
+    replica.theta.add_(1e-3)  # an inner step while the bytes travel
+    assert replica.apply([], steps_since_pack=1).kind == "solo"
     assert torch.equal(replica.phi, expected)
 
 
