@@ -1,10 +1,10 @@
 """φ ahead of its exchange: sent under the inner steps, to the partner that is expected.
 
-Where φ and Δ travel apart, φ for round r + 1 is final as soon as round r's outer step is done. Whom a peer will most likely meet is
-known as well: the candidate whose tie with it ranks first (averaging/pairing.py), and it usually sees that the same way. So
-each asks the other for its φ at once and keeps it. When they meet, each says whether it holds bytes with the digest that the
-other's signed Offer names; then only Δ travels (averaging/swap.py). Whatever does not fit, another partner, another φ, a
-wrong byte or no answer, shows in the digest, and all is sent as without this. So nothing here needs to be believed.
+Where φ and Δ travel apart, φ for round r + 1 is final as soon as round r's outer step is done. Whom a peer will meet if nobody is
+missing is known as well (`foreseen_partner`), and the other one sees it the same way. So each asks the other for its φ at once
+and keeps it. When they meet, each says whether it holds bytes with the digest that the other's signed Offer names; then only Δ
+travels (averaging/swap.py). Whatever does not fit, another partner, another φ, a wrong byte or no answer, shows in the digest,
+and all is sent as without this. So nothing here needs to be believed.
 
     asks      EarlyRequest(run, round)
     answers   EarlyReply(num_bytes), then so many bytes: 0 if it does not come to have them in time, or has sent them enough times
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from averaging.exchange import Terms
 from averaging.exchange_messages import Count, Hash, payload_hash
-from averaging.pairing import ranking
+from averaging.priority import foreseen_partner
 from averaging.side_buffer import SideBuffer
 from protocol.errors import DeadlineError, LlmNodeError, ProtocolError
 from protocol.ids import PeerId
@@ -88,16 +88,17 @@ class EarlySlow:
             num_bytes: of an encoded φ of that round.
         """
         self._held = None
-        first = ranking(self._terms.run.encode(), round, self._transport.peer_id, candidates)[:1]
-        for peer in first:
-            try:
-                data, digest = await self._ask(peer, round, num_bytes)
-            except ProtocolError:
-                self._violations[peer] += 1
-            except LlmNodeError:
-                pass
-            else:
-                self._held = (peer, digest, data) if data.nbytes else None
+        peer = foreseen_partner(self._terms.run.encode(), round, self._transport.peer_id, candidates)
+        if peer is None:
+            return
+        try:
+            data, digest = await self._ask(peer, round, num_bytes)
+        except ProtocolError:
+            self._violations[peer] += 1
+        except LlmNodeError:
+            pass
+        else:
+            self._held = (peer, digest, data) if data.nbytes else None
 
     async def serve(self, stream: Stream) -> None:
         """Handler of one incoming stream; see protocol.transport.Handler."""

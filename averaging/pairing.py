@@ -23,12 +23,12 @@ candidate is tabulated in averaging/ties.py.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from averaging.exchange_messages import RejectReason
+from averaging.priority import priority
 from averaging.ties import TRANSITIONS, Event, Tie
 from protocol.ids import PeerId
 
@@ -41,24 +41,10 @@ __all__ = [
     "Propose",
     "Reject",
     "Withdraw",
-    "priority",
-    "ranking",
 ]
 
 _MAX_FAILURES = 2
 """Pairings that may break before the first Offer, until a candidate is not tried again in this round."""
-
-
-def priority(beacon: bytes, round: int, a: PeerId, b: PeerId) -> int:
-    """Priority of the tie between `a` and `b` in `round`: 256 bits, the same from both ends, larger is better."""
-    first, second = sorted((a, b))
-    text = b"llm-node:pairing\0%d\0%s\0%s\0" % (round, first.encode(), second.encode())
-    return int.from_bytes(hashlib.sha256(text + beacon).digest())
-
-
-def ranking(beacon: bytes, round: int, me: PeerId, candidates: Iterable[PeerId]) -> list[PeerId]:
-    """The candidates, best first, as `me` sees them in `round`."""
-    return sorted(set(candidates) - {me}, key=lambda peer: priority(beacon, round, me, peer), reverse=True)
 
 
 class Phase(Enum):

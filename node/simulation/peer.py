@@ -9,62 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from averaging.admission import AdmissionConfig
 from averaging.averager import Averager, ExchangeResult
-from averaging.replica import Replica, ReplicaConfig
+from averaging.early import EarlySlow
+from averaging.replica import Replica
 from averaging.update import Update
 from node.mixing import foreign_bucket
 from node.round_clock import MAX_STRETCH, RoundClock
 from node.rounds import DEADLINE_SHARE
 from node.simulation.population import Member
-from node.simulation.quadratic import Quadratic, QuadraticConfig, loss_of
-from node.simulation.scenario import Scenario
-from node.simulation.tally import Tally
+from node.simulation.quadratic import Quadratic, loss_of
+from node.simulation.world import World, identity_of, own_speed
 from protocol.directory import Directory, validate_entry
-from protocol.identity import Identity
-from protocol.ids import PeerId, RunId
-from protocol.memory import MemoryNetwork, MemoryTransport
-from protocol.memory_links import Chance, Counts
+from protocol.ids import PeerId
+from protocol.memory import MemoryTransport
+from protocol.memory_links import Counts
 from protocol.records import PeerRecord
 from protocol.transport import Traffic
 
-__all__ = ["SimulatedPeer", "World", "identity_of", "own_speed", "problem_of", "replica_config", "run_id_of"]
+__all__ = ["SimulatedPeer"]
 
 TOKENS_PER_STEP = 1000
-_LATER_SETTINGS: Any = {"pipeline": True, "model": True, "links": {"classes"}}
-"""They came after results had been published, whose lots they leave as they were."""
-
 State = Literal["training", "leaving"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """What all peers of a simulation share.
-
-    Args:
-        scenario: the description.
-        network: the wires.
-        run: an id like a real run's.
-        replica: how replicas average.
-        problem: what is trained.
-        chance: luck of the peers' speeds and lives.
-        tally: counts everything.
-    """
-
-    scenario: Scenario
-    network: MemoryNetwork
-    run: RunId
-    replica: ReplicaConfig
-    problem: QuadraticConfig
-    chance: Chance
-    tally: Tally
 
 
 class SimulatedPeer(Member):
@@ -93,7 +63,9 @@ class SimulatedPeer(Member):
             run=world.run,
             payload_bytes=lambda round: sum(world.replica.payload_bytes(scenario.swarm.parameters, round)),
             max_lag_rounds=scenario.sync.max_lag_rounds,
+            sends_early=scenario.sync.early_slow,
         )
+        self._ahead: asyncio.Task[None] | None = None
         self._sequence = 0
         self._steps_in_round = 0
         self._round_began_s = 0.0
@@ -145,10 +117,10 @@ class SimulatedPeer(Member):
             self._problem.train(self._theta, steps)
             self._steps_in_round += steps
             if pending is not None and pending.done():
-                self._apply(pending.result(), steps_since_pack=self._steps_in_round)
+                self._apply(tasks, pending.result(), steps_since_pack=self._steps_in_round)
                 pending = None
         if pending is not None:
-            self._apply(await pending, steps_since_pack=self._steps_in_round)
+            self._apply(tasks, await pending, steps_since_pack=self._steps_in_round)
 
     def _next_steps(
         self, planned: int, looked: bool, step_s: float, pending: asyncio.Task[list[ExchangeResult]] | None
@@ -192,11 +164,13 @@ class SimulatedPeer(Member):
         tasks.create_task(self._beat())
         exchange = tasks.create_task(self._exchange(update, loop.time() + limit_s))
         if not overlapped:
-            self._apply(await exchange)
+            self._apply(tasks, await exchange)
         tally.round_s.append(loop.time() - self._round_began_s)
         return exchange if overlapped else None
 
     async def _exchange(self, update: Update, deadline_s: float) -> list[ExchangeResult]:
+        if self._ahead is not None:
+            self._ahead.cancel()
         candidates = list(self._trainers())
         match self.world.scenario.sync.group:
             case "none":
@@ -206,13 +180,21 @@ class SimulatedPeer(Member):
             case "pair":
                 return [await self._averager.exchange(update, candidates=candidates, deadline_s=deadline_s)]
 
-    def _apply(self, results: list[ExchangeResult], *, steps_since_pack: int = 0) -> None:
+    def _apply(self, tasks: asyncio.TaskGroup, results: list[ExchangeResult], *, steps_since_pack: int = 0) -> None:
         partners = [result.remote for result in results if result.remote is not None]
         outcome = self.replica.apply(partners, steps_since_pack=steps_since_pack)
+        if self._averager.early is not None and self.round < self.world.scenario.num_rounds:
+            self._ahead = tasks.create_task(self._look_ahead(self._averager.early))
         for result in results:
             self.world.tally.count_exchange(result, outcome)
         loss = loss_of(self.replica.phi, self.world.problem)
         self.world.tally.count_replica(self.round - 1, self.replica.phi, loss)
+
+    async def _look_ahead(self, early: EarlySlow) -> None:
+        """Send and fetch what can travel before the next exchange; cancelled when that begins."""
+        data, candidates = self.replica.slow_ahead(self.round), list(self._trainers())
+        early.publish(self.round, data, candidates=candidates)
+        await early.fetch(self.round, num_bytes=len(data), candidates=candidates)
 
     # ---- the directory
 
@@ -255,38 +237,3 @@ class SimulatedPeer(Member):
         training, chance = self.world.scenario.training, self.world.chance
         own_s = own_speed(self.world.scenario, chance, training.step_s, self.number)
         return chance.log_normal(own_s, training.round_ratio, "round", self.number, self.round)
-
-
-def replica_config(scenario: Scenario) -> ReplicaConfig:
-    """The scenario's [sync] and [safety] as the replica's own configuration."""
-    safety = scenario.safety
-    return ReplicaConfig.of(scenario.sync, admission=None if safety is None else AdmissionConfig(**safety.model_dump()))
-
-
-def problem_of(scenario: Scenario, *, stage: int = 0) -> QuadraticConfig:
-    """What a peer trains; every stage has an optimum of its own."""
-    training = scenario.training
-    return QuadraticConfig(
-        num_parameters=scenario.swarm.parameters,
-        lr=training.lr,
-        noise=training.noise,
-        data_spread=training.data_spread,
-        seed=scenario.swarm.seed + (stage << 64),
-    )
-
-
-def own_speed(scenario: Scenario, chance: Chance, mean_s: float, number: int) -> float:
-    """The seconds that a peer needs for what takes `mean_s` on average."""
-    training = scenario.training
-    own_s = chance.log_normal(mean_s, training.peer_ratio, "speed", number)
-    return own_s * training.slow_factor if chance.uniform("slow", number) < training.slow_share else own_s
-
-
-def run_id_of(scenario: Scenario) -> RunId:
-    """An id like a real run's; other settings, another lot in everything that is drawn from it."""
-    return RunId(hashlib.sha256(scenario.model_dump_json(exclude=_LATER_SETTINGS).encode()).hexdigest())
-
-
-def identity_of(seed: int, number: int) -> Identity:
-    """The key of a simulated peer."""
-    return Identity.generate(hashlib.sha256(f"{seed}/peer {number}".encode()).digest())

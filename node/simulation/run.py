@@ -24,13 +24,14 @@ import torch
 
 from node.plotting import check_plotting
 from node.simulation.links import network_of
-from node.simulation.peer import SimulatedPeer, World, problem_of, replica_config, run_id_of
+from node.simulation.peer import SimulatedPeer
 from node.simulation.plots import write_plots
 from node.simulation.population import Population
 from node.simulation.quadratic import loss_of
 from node.simulation.scenario import Scenario
 from node.simulation.staged import StagedSimulation
 from node.simulation.tally import Tally
+from node.simulation.world import World, problem_of, replica_config, run_id_of
 from protocol import directory
 from protocol.errors import UserError
 from protocol.memory_links import Chance

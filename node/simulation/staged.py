@@ -11,11 +11,11 @@ from typing import Any
 
 from model.config import PRESETS
 from node.simulation.links import network_of
-from node.simulation.peer import identity_of, replica_config
 from node.simulation.population import Population
 from node.simulation.scenario import Scenario
 from node.simulation.staged_peer import StagedPeer, StagedWorld
 from node.simulation.staged_tally import StagedTally
+from node.simulation.world import identity_of, replica_config
 from protocol.manifest import (
     DataSpec,
     InitialStateSpec,

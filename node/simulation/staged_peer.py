@@ -27,11 +27,11 @@ from node.progress import Progress
 from node.rounds import RoundLoop, RoundSettings
 from node.service import Watcher
 from node.simulation.hollow import HollowCodec, HollowTrainer, SpentCompute
-from node.simulation.peer import identity_of, own_speed, problem_of
 from node.simulation.population import Member
 from node.simulation.quadratic import Quadratic, loss_of
 from node.simulation.scenario import Scenario
 from node.simulation.staged_tally import StagedTally
+from node.simulation.world import identity_of, own_speed, problem_of
 from node.trainer import StepStats
 from protocol.directory import Directory, validate_entry
 from protocol.manifest import Manifest

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from averaging.averager import ExchangeResult
-from averaging.pairing import priority, ranking
+from averaging.priority import priority, ranking
 from protocol.ids import PeerId
 from protocol.memory import LinkSpec, MemoryNetwork
 from protocol.virtual_time import run_virtual

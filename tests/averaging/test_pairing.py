@@ -14,9 +14,8 @@ from averaging.pairing import (
     Propose,
     Reject,
     Withdraw,
-    priority,
-    ranking,
 )
+from averaging.priority import foreseen_partner, priority, ranking
 from averaging.ties import TRANSITIONS, Event, Tie
 from protocol.ids import PeerId
 
@@ -62,6 +61,27 @@ class TestPriority:
     def test_everybody_is_first_choice_about_equally_often(self) -> None:
         firsts = [ranking(BEACON, round, A, [B, C, D])[0] for round in range(600)]
         assert all(150 <= firsts.count(peer) <= 250 for peer in (B, C, D))
+
+
+class TestForesight:
+    PEERS = tuple(PeerId(f"peer {number}") for number in range(16))
+
+    def test_both_ends_foresee_each_other(self) -> None:
+        for round in range(20):
+            foreseen = {peer: foreseen_partner(BEACON, round, peer, self.PEERS) for peer in self.PEERS}
+            assert all(partner is not None and foreseen[partner] == peer for peer, partner in foreseen.items())
+
+    def test_the_best_tie_of_all_is_foreseen(self) -> None:
+        best = max(itertools.combinations(self.PEERS, 2), key=lambda tie: priority(BEACON, 7, *tie))
+        assert foreseen_partner(BEACON, 7, best[0], self.PEERS) == best[1]
+
+    def test_of_an_odd_number_one_is_alone(self) -> None:
+        assert foreseen_partner(BEACON, 3, A, []) is None
+        assert [foreseen_partner(BEACON, 3, peer, [A, B, C]) for peer in (A, B, C)].count(None) == 1
+
+    def test_among_very_many_it_is_the_best_candidate(self) -> None:
+        many = [PeerId(f"peer {number}") for number in range(100)]
+        assert foreseen_partner(BEACON, 3, A, many) == ranking(BEACON, 3, A, many)[0]
 
 
 class TestTable:

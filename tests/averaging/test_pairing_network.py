@@ -8,7 +8,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from averaging.pairing import Accept, Action, Alone, Matcher, Phase, Propose, Reject, Withdraw, priority
+from averaging.pairing import Accept, Action, Alone, Matcher, Phase, Propose, Reject, Withdraw
+from averaging.priority import priority
 from protocol.ids import PeerId
 
 BEACON = b"run"

@@ -39,5 +39,5 @@ def test_most_slow_weights_come_ahead(tmp_path: Path, monkeypatch: pytest.Monkey
     run_virtual(main())
     outcomes = [note["outcome"] for name in NAMES for note in swarm.named(name, "exchange")]
     assert outcomes.count("averaged") >= len(NAMES) * (ROUNDS - 2)
-    # Not in the first round; and of four peers two or four are each other's first choice.
-    assert sum(found) >= 0.4 * len(found), f"{sum(found)} of {len(found)}"
+    # Not in the first round; and whoever is late by then may meet somebody else.
+    assert sum(found) >= 0.7 * len(found), f"{sum(found)} of {len(found)}"

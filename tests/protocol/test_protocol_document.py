@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from averaging.exchange_messages import Ack, Answer, Offer, Propose, payload_hash
-from averaging.pairing import priority
+from averaging.priority import priority
 from averaging.search import PROTOCOL as EXCHANGE_PROTOCOL
 from bootstrap.document import MAX_DOCUMENT_BYTES, STATUS_PROTOCOL
 from node.pipeline.archive import STATE_PROTOCOL

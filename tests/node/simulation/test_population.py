@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from node.simulation.peer import identity_of
 from node.simulation.population import Member, Population
 from node.simulation.scenario import Scenario
+from node.simulation.world import identity_of
 from protocol.directory import Directory
 from protocol.ids import RunId
 from protocol.memory import MemoryNetwork, MemoryTransport

@@ -70,6 +70,18 @@ def test_the_result_does_not_depend_on_the_order_of_sets() -> None:
     assert len(outputs) == 1
 
 
+def test_slow_weights_travel_under_the_steps_if_the_run_says_so() -> None:
+    """The same pairs meet; of the bytes that an exchange waits for, those of φ are gone in most."""
+    sync = {"theta_only": False, "slow_codec": "bf16", "delta_codec": "q4"}
+    swarm = {"peers": 8, "rounds": 6, "parameters": 1 << 14, "heartbeat_s": 5.0}
+    first, later = (
+        simulate(scenario(swarm=swarm, links={"bytes_per_s": 20_000.0}, sync=QUICK | sync | {"early_slow": early}))
+        for early in (False, True)
+    )
+    assert later["exchanges"] == first["exchanges"]
+    assert later["exchange_s"]["p50"] < 0.6 * first["exchange_s"]["p50"]
+
+
 def test_equal_peers_on_good_links_all_average() -> None:
     result = simulate(scenario(8, 4))
     assert result["success_share"] == 1.0
