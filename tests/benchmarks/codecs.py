@@ -156,7 +156,7 @@ def subjects(numel: int, *, compiles: bool) -> dict[str, Subject]:
         result[name] = own(name, numel=numel, compiled=False)
         if name in ("q8", "q4"):
             result[f"{name} stochastic"] = own(name, numel=numel, compiled=False, stochastic=True)
-        if compiles and name in ("q8", "q4", "e3m0", "lattice"):
+        if compiles and name in ("q8", "q4", "e3m0", "topk", "lattice"):
             result[f"{name} compiled"] = own(name, numel=numel, compiled=True)
         if compiles and name in ("q8", "q4"):
             result[f"{name} stochastic compiled"] = own(name, numel=numel, compiled=True, stochastic=True)
