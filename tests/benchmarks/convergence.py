@@ -66,6 +66,9 @@ at most a quarter of DiLoCo's bytes; its inner optimizer is Muon, which the meth
 
 ATTEMPTS: dict[str, Cell] = {
     "moonshot": _cell("moonshot", 3e-3, sync=_theta(inner_steps=9), inner=_MUON),
+    "moonshot, 9 fragments": _cell(
+        "moonshot, 9 fragments", 2e-3, sync=_theta(inner_steps=1) | {"fragments": 9}, inner=_MUON
+    ),
     "diloco, Muon": _cell("diloco, Muon", 3e-3, sync=_DILOCO, inner=_MUON),
     "diloco, Muon, lr 1.5e-3": _cell("diloco, Muon, lr 1.5e-3", 1.5e-3, sync=_DILOCO, inner=_MUON),
     "synchronous, Muon": _cell("synchronous, Muon", 3e-3, sync={"algorithm": "local"}, inner=_MUON),
