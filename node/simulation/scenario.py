@@ -59,14 +59,14 @@ class SwarmSection(_Section):
     """Seed of everything that is drawn at random."""
     parameters: int = Field(default=256, ge=1, le=1 << 20)
     """Size of the toy model. Bytes on the wire follow from it and the codecs."""
-    heartbeat_s: float = Field(default=3.0, gt=0.0, le=30.0)
+    heartbeat_s: float = Field(default=3.0, ge=0.1, le=30.0)
     """Seconds between two records of a peer and two looks at the directory; the node's own value is 3. Larger is faster."""
 
 
 class TrainingSection(_Section):
     """Speeds, and the toy problem that stands in for training (see node/simulation/quadratic.py)."""
 
-    step_s: float = Field(default=1.0, gt=0.0, le=86_400.0)
+    step_s: float = Field(default=1.0, ge=1e-6, le=86_400.0)
     """Mean seconds of an inner step."""
     peer_ratio: float = Field(default=0.0, ge=0.0, le=10.0)
     """Standard deviation over mean of the peers' speeds, log-normal, drawn once per peer."""
@@ -76,7 +76,7 @@ class TrainingSection(_Section):
     """Share of peers that are slower by slow_factor."""
     slow_factor: float = Field(default=4.0, ge=1.0, le=1000.0)
     """Factor on the step time of slow peers."""
-    lr: float = Field(default=0.02, gt=0.0, lt=1.0)
+    lr: float = Field(default=0.02, ge=1e-9, lt=1.0)
     """Inner learning rate η."""
     noise: float = Field(default=1.0, ge=0.0, le=1000.0)
     """Standard deviation ν of the gradient noise, in units of the optimum's size."""

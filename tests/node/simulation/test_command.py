@@ -88,6 +88,15 @@ def test_a_bad_scenario_is_one_line(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
+def test_settings_that_diverge_are_one_line(path: Path) -> None:
+    """Nesterov with β = 2 and optima that every round reaches: 2 is beyond 2(1 + α)/(1 + 2α)."""
+    wild = ["sync.algorithm=diloco", "sync.beta=2.0", "training.lr=0.9", "swarm.rounds=300", "swarm.peers=2"]
+    result = invoke(path, *(text for setting in wild for text in ("--set", setting)))
+    assert isinstance(result.exception, UserError)
+    assert "grow beyond all bounds" in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
 STAGED = (
     SCENARIO
     + """
