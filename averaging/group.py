@@ -27,6 +27,9 @@ __all__ = ["GroupSwap", "round_robin"]
 _MAX_SWAPS = 2
 """Payloads received at once from peers with smaller ids: enough to keep the link busy while one of them stalls."""
 
+_SPARE_PROPOSALS = 4
+"""A peer that is behind turns us down once per round; beyond so many times it is leading us by the nose."""
+
 
 def round_robin(me: PeerId, candidates: Iterable[PeerId]) -> list[PeerId]:
     """The candidates in ring order, starting after `me`: no two peers begin with the same partner."""
@@ -95,15 +98,20 @@ class GroupSwap:
                 call.set_result(suitor)
 
     def departed(self, suitor: Suitor) -> None:
+        if not suitor.is_claimed:
+            self._await_another(suitor)
+
+    def _await_another(self, suitor: Suitor) -> None:
+        """Wait for that peer's next proposal, if this one is still what we have from it."""
         call = self._calls.get(suitor.peer)
-        if call is not None and call.done() and call.result() is suitor and not suitor.is_claimed:
+        if call is not None and call.done() and call.result() is suitor:
             self._calls[suitor.peer] = asyncio.get_running_loop().create_future()
 
     # ---- both sides of a pair ----
 
     async def _propose(self, peer: PeerId) -> Ending:
         context, expected_round = self._context, self._update.round
-        while True:
+        for _ in range(context.terms.max_lag_rounds + _SPARE_PROPOSALS):
             exchange = Exchange(terms=context.terms, identity=context.identity, partner=peer)
             async with await context.transport.open(peer, PROTOCOL) as stream:
                 await write_message(stream, exchange.propose(self._progress, expected_round))
@@ -114,15 +122,16 @@ class GroupSwap:
                     return Ending(outcome="averaged", partner=peer, remote=remote)
             is_behind = answer.reason == "other-round" and answer.round <= self._update.round
             if not is_behind or answer.round == expected_round:
-                return Ending(outcome="alone", partner=peer)
+                break
             expected_round = answer.round
+        return Ending(outcome="alone", partner=peer)
 
     async def _accept(self, peer: PeerId) -> Ending:
         while True:
             suitor = await asyncio.shield(self._calls[peer])
             async with self._entry:
-                if suitor.has_ended:  # it went away while it queued; it may come back
-                    self._calls[peer] = asyncio.get_running_loop().create_future()
+                if suitor.has_ended:  # it went away while it queued; it may come back, or has already
+                    self._await_another(suitor)
                     continue
                 suitor.is_claimed = True
                 try:
