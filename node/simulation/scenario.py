@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from model.config import PRESETS
 from protocol.errors import UserError
-from protocol.manifest import PipelineSpec, SafetySpec, SyncSpec
+from protocol.manifest import ModelSpec, PipelineSpec, SafetySpec, SyncSpec
 from protocol.sync_spec import FRAGMENT_BLOCK
 
 __all__ = [
@@ -215,6 +215,12 @@ class Scenario(_Section):
             raise ValueError(
                 f"pipeline.stages {stages} is more than the {shape.num_layers} layers of model.preset {self.model.preset}; "
                 "lower it, or choose a larger model"
+            )
+        spec = ModelSpec(**{name: getattr(shape, name) for name in ModelSpec.model_fields})
+        if spec.smallest_stage(stages) <= (self.sync.fragments - 1) * FRAGMENT_BLOCK:
+            raise ValueError(
+                f"sync.fragments {self.sync.fragments} is too many for the smallest of {stages} stages of model.preset "
+                f"{self.model.preset}; lower it"
             )
         if self.model.sequence_tokens > shape.max_sequence_tokens:
             raise ValueError(

@@ -74,6 +74,11 @@ def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
         (SMALL + "[pipeline]\nstages = 4\n[sync]\nfragments = 4\n", "raise it"),
         ("[swarm]\npeers = 32\nrounds = 2\n[pipeline]\nstages = 32\n", "more than the 22 layers of model.preset 1b"),
         (
+            "[swarm]\npeers = 4\nrounds = 2\nparameters = 300000\n[pipeline]\nstages = 4\n[model]\npreset = '1m'\n"
+            "sequence_tokens = 64\n[sync]\nfragments = 64\n",
+            "too many for the smallest of 4 stages",
+        ),
+        (
             SMALL + "[[links.classes]]\nshare = 0.5\nup_bytes_per_s = 1.0\ndown_bytes_per_s = 1.0\n",
             "make 0.5 instead of 1",
         ),
@@ -117,6 +122,7 @@ class TestMatrix:
             ("from,to,latency_ms,mbit_per_s\na,b,10,8\na,a,x,8\n", "line 3"),
             ("from,to,latency_ms,mbit_per_s\na,b,-1,8\n", "line 2"),
             ("from,to,latency_ms,mbit_per_s\na,b,nan,8\n", "line 2"),
+            ("from,to,latency_ms,mbit_per_s\na,b,1e300,8\n", "line 2"),
             ("from,to,latency_ms,mbit_per_s\na,b,1,0\n", "line 2"),
             ("from,to,latency_ms,mbit_per_s\na,b,1,8\nc,c,1,8\n", "between 'a' and 'c' is missing"),
         ],
