@@ -142,6 +142,13 @@ class LinksSection(_Section):
     write_loss: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability, per message, that its stream breaks, whatever it carries; proposals are then made again."""
 
+    @field_validator("matrix")
+    @classmethod
+    def _is_a_name(cls, matrix: str | None) -> str | None:
+        if matrix is not None and not matrix.isprintable():
+            raise ValueError(f"{matrix!a} is no file name; choose another")
+        return matrix
+
     @model_validator(mode="after")
     def _classes_are_whole(self) -> Self:
         total = sum(each.share for each in self.classes)
@@ -262,6 +269,8 @@ def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Sce
         raise UserError(f"cannot read {path}: {error.strerror}; give the path of a scenario file") from None
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid TOML: nested too deeply; remove the nesting") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UserError(f"{path} is not valid TOML: {error}; mend that line") from None
 

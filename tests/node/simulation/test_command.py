@@ -60,6 +60,13 @@ def test_json_and_files_say_the_same_and_repeat(path: Path, tmp_path: Path) -> N
         assert data == (tmp_path / "two" / name).read_bytes()
 
 
+def test_a_name_is_no_mathematics(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path.write_text(path.read_text().replace('"small"', r"'worth $\frac$ of it'"))
+    assert invoke(path, "--out", tmp_path / "out", "--set", "swarm.rounds=2").exit_code == 0
+    assert "frac" in (tmp_path / "out" / "rounds.svg").read_text()
+
+
 def test_without_matplotlib_plots_are_refused_at_once_and_tables_work(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
     ("text", "telling"),
     [
         ("rounds =", "not valid TOML"),
+        ("deep = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("[swarm]\npeers = 4\n", "swarm.rounds: is missing; add it"),
         (SMALL + "colour = 1\n", "swarm.colour: unknown key"),
         (SMALL + '"a\\nb" = 1\n', "unknown key"),
@@ -64,6 +65,8 @@ def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
         ("[swarm]\npeers = 4096\nrounds = 2\nparameters = 1000000\n", "than fits in memory; lower one of them"),
         (SMALL + "[links]\nlatency_s = inf\n", "links.latency_s"),
         (SMALL + "[links]\nexchange_loss = 1.5\n", "links.exchange_loss"),
+        (SMALL + '[links]\nmatrix = "a\\u0000b"\n', "links.matrix"),
+        (SMALL + '[links]\nmatrix = "a\\nb"\n', "links.matrix"),
         (SMALL + "[training]\nlr = 1e-20\n", "training.lr"),
         (SMALL + "[training]\nstep_s = 1e-320\n", "training.step_s"),
         ("[swarm]\npeers = 4\nrounds = 2\nheartbeat_s = 1e-300\n", "swarm.heartbeat_s"),
