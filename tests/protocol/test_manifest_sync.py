@@ -99,6 +99,8 @@ def test_a_default_that_is_left_out_of_the_canonical_form_is_refused() -> None:
         ({"early_slow": True, "algorithm": "diloco"}, "needs pairs that exchange φ apart from Δ"),
         ({"early_slow": True, "algorithm": "local"}, "needs pairs that exchange φ apart from Δ"),
         ({"early_slow": True, "slow_codec": "lattice"}, "take bf16"),
+        ({"algorithm": "diloco", "slow_codec": "lattice"}, "lattice would move the equal replicas of diloco"),
+        ({"algorithm": "sparseloco", "gamma": 0.5, "slow_codec": "lattice"}, "take bf16"),
         ({"delta_codec": "lattice"}, "sync.delta_codec"),
         ({"delta_codec": "zip"}, "sync.delta_codec"),
         ({"slow_codec": "topk"}, "sync.slow_codec"),
