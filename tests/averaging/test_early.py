@@ -13,6 +13,7 @@ import torch
 from averaging.early import EARLY_PROTOCOL, MAX_WAITING, EarlyReply, EarlyRequest, EarlySlow
 from averaging.outer import OuterConfig
 from averaging.replica import Replica, ReplicaConfig
+from kernels import quantize
 from protocol.errors import StreamClosedError
 from protocol.memory import LinkSpec, MemoryNetwork
 from protocol.transport import Stream
@@ -198,6 +199,13 @@ def test_one_peer_does_not_take_all_places_of_those_who_wait() -> None:
                 assert (await read_message(stream, EarlyReply)).num_bytes == NUM_BYTES[1]
 
     run_virtual(main())
+
+
+def test_nothing_is_compiled_for_what_goes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold up the inner steps for ten seconds."""
+    monkeypatch.setattr(quantize, "compiled_version", lambda _: pytest.fail("compiles"))
+    config = replace(OPEN, outer=OuterConfig(algorithm="noloco"), slow_codec="q8", compiled=True)
+    assert Replica(noise(0, numel=4096), config).slow_ahead(0)
 
 
 @pytest.mark.parametrize("slow_codec", ["fp32", "bf16", "q8", "q4"])
