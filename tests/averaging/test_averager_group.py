@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import AsyncExitStack
 
 import pytest
 
 from averaging.averager import ExchangeResult
+from averaging.exchange import Exchange
 from averaging.exchange_messages import NONCE_BYTES, Answer, Propose
 from averaging.group import round_robin
 from averaging.search import PROTOCOL
+from averaging.swap import describe
 from protocol.ids import PeerId
 from protocol.memory import LinkSpec, MemoryNetwork
 from protocol.transport import Stream
 from protocol.virtual_time import run_virtual
 from protocol.wire import read_message, write_message
-from tests.averaging.actor import Actor
+from tests.averaging.actor import TERMS, Actor
 from tests.averaging.swarm import Swarm, make_update, open_swarm
 
 
@@ -140,6 +143,27 @@ def test_who_proposes_again_while_it_queues_is_not_forgotten() -> None:
                 await asyncio.sleep(0.5)
                 await actor.propose(busy)
             check_complete(swarm, swarm.ids.index(busy), tasks[swarm.ids.index(busy)].result())
+
+    run_virtual(main())
+
+
+def test_those_who_stall_do_not_keep_the_others_out() -> None:
+    async def main() -> None:
+        async with open_swarm(4, network=network(), num_silent=2) as swarm, AsyncExitStack() as stack:
+            busy = swarm.ids.index(max(swarm.ids))
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(exchange_all(swarm, busy, deadline_s=60.0))
+                for index in (2, 3):
+                    exchange = Exchange(terms=TERMS, identity=swarm.identities[index], partner=swarm.ids[busy])
+                    stream = await stack.enter_async_context(
+                        await swarm.transports[index].open(swarm.ids[busy], PROTOCOL)
+                    )
+                    progress = await describe(make_update(swarm.ids[index]))
+                    await write_message(stream, exchange.propose(progress, progress.round))
+                    assert exchange.receive_answer(await read_message(stream, Answer))
+                await exchange_all(swarm, 1 - busy, deadline_s=50.0)
+            outcomes = {result.partner: result.outcome for result in task.result()}
+            assert outcomes[swarm.ids[1 - busy]] == "averaged"
 
     run_virtual(main())
 
