@@ -4,9 +4,10 @@
     mean = Σ w_j·s_j·Δ_j    w_j = tokens_j / Σ tokens, a claim counting at most max_token_ratio times the median claim
 
 So one member moves the mean by at most w_j·τ. The median of few is the lower one, and our own norm is the floor: neither a huge nor
-a tiny liar decides alone. A member whose values are not finite is left out. What encoding the mean loses is carried over
+a tiny liar decides alone. Where half of the members have made far less progress than we, the mean is shortened to what they accept
+(averaging/allreduce_transfer.py). A member whose values are not finite is left out. What encoding the mean loses is carried over
 into the next round's mean of the same elements (error feedback on the owner's side, as in arXiv 1905.05957); with members'
-own feedback for their Δ, nothing is lost in the long run but what clipping takes.
+own feedback for their Δ, nothing is lost in the long run but what clipping and shortening take.
 
 Everything runs tile by tile; the only vector is the carried error, which a codec without loss does not need.
 """
@@ -29,6 +30,8 @@ from kernels.dispatch import tile_numel
 __all__ = ["Contribution", "ErrorCarry", "GroupLimits", "PartMean", "average_part", "payload_norm"]
 
 _CPU = torch.device("cpu")
+_SHORTER = 0.9
+"""Of the largest norm, when a mean has to be shortened: encoding it may make it longer again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,13 @@ def payload_norm(payload: bytes | bytearray | memoryview, numel: int, codec: Cod
 
 
 def average_part(
-    contributions: Sequence[Contribution], *, numel: int, codec: Codec, limits: GroupLimits, carried: Tensor | None
+    contributions: Sequence[Contribution],
+    *,
+    numel: int,
+    codec: Codec,
+    limits: GroupLimits,
+    carried: Tensor | None,
+    largest_norm: float = math.inf,
 ) -> PartMean:
     """The mean of one part.
 
@@ -118,12 +127,26 @@ def average_part(
         codec: of the contributions and of the mean.
         limits: see there.
         carried: the owner's carried error, fp32 [numel]; None without error feedback.
+        largest_norm: the others refuse a longer mean, so a longer one is shortened.
 
     Returns:
         The encoded mean, and what was done with each contribution.
     """
     factors, shares = _weigh(contributions, numel, codec, limits)
     inputs = [payload_tensor(c.payload, num_bytes=codec.num_bytes(numel), device=_CPU) for c in contributions]
+    mean, error = _encoded_mean(inputs, factors, numel=numel, codec=codec, carried=carried)
+    norm = payload_norm(mean, numel, codec) if largest_norm < math.inf else 0.0
+    if norm > largest_norm > 0.0:
+        scale = _SHORTER * largest_norm / norm
+        factors, carried = [factor * scale for factor in factors], None if carried is None else carried * scale
+        mean, error = _encoded_mean(inputs, factors, numel=numel, codec=codec, carried=carried)
+    return PartMean(payload=mean, shares=shares, error=error)
+
+
+def _encoded_mean(
+    inputs: Sequence[Tensor], factors: Sequence[float], *, numel: int, codec: Codec, carried: Tensor | None
+) -> tuple[bytearray, Tensor]:
+    """The encoded sum of factor × input and of what was carried, and what encoding it lost."""
     encoded = bytearray(codec.num_bytes(numel))
     output = payload_tensor(encoded, num_bytes=len(encoded), device=_CPU)
     error = torch.zeros(numel if codec.lossy and carried is not None else 0)
@@ -139,7 +162,7 @@ def average_part(
         if error.numel():
             codec.decode(output, scratch[: mean.numel()], start=tile.start)
             torch.sub(mean, scratch[: mean.numel()], out=error[tile])
-    return PartMean(payload=encoded, shares=shares, error=error)
+    return encoded, error
 
 
 def _weigh(

@@ -187,6 +187,7 @@ class Transfer:
             codec=self._context.codec,
             limits=limits,
             carried=None if self.carry is None else self.carry.within(part),
+            largest_norm=self._largest_norm,
         )
         return average, hashlib.sha256(average.payload).digest()
 

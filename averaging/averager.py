@@ -28,7 +28,7 @@ from protocol.transport import Transport
 __all__ = ["Averager", "ExchangeResult"]
 
 _PATIENCE = 0.25
-"""Share of the time to the deadline that one candidate may let us wait before we look at others."""
+"""Share of the time to the deadline that one candidate may let us, or others, wait before we look at those."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,13 @@ class Averager:
         """
         started_s = asyncio.get_running_loop().time()
         progress = await self._describe(update)
-        group = GroupSwap(self._context, update=update, progress=progress, candidates=candidates)
+        group = GroupSwap(
+            self._context,
+            update=update,
+            progress=progress,
+            candidates=candidates,
+            patience_s=_PATIENCE * (deadline_s - started_s),
+        )
 
         async def one(peer: PeerId) -> ExchangeResult:
             try:

@@ -23,7 +23,7 @@ from averaging.side_buffer import SideBuffer
 from protocol.errors import DeadlineError, LlmNodeError, ProtocolError
 from protocol.ids import PeerId
 from protocol.transport import Stream, Transport
-from protocol.wire import Message, read_bulk_into, read_message, write_bulk, write_message
+from protocol.wire import CHUNK_BYTES, Message, read_bulk_into, read_message, write_bulk, write_message
 
 __all__ = ["EARLY_PROTOCOL", "EarlyReply", "EarlyRequest", "EarlySlow"]
 
@@ -31,7 +31,7 @@ EARLY_PROTOCOL = "/llm-node/early/1"
 MAX_SERVED = 2
 """Times that one round's φ is sent, to different peers: as a rule one asks."""
 MAX_WAITING = 8
-"""Requests that wait for our outer step."""
+"""Peers whose request waits for our outer step."""
 WAIT_S = 60.0
 """Most time that one waits."""
 _HEADER_TIMEOUT_S = 10.0
@@ -65,7 +65,7 @@ class EarlySlow:
         self._served: set[PeerId] = set()
         self._known: frozenset[PeerId] = frozenset()
         self._is_ready = asyncio.Event()
-        self._num_waiting = 0
+        self._waiting: set[PeerId] = set()
         self._buffer = SideBuffer()
         self._held: tuple[PeerId, bytes, memoryview] | None = None
 
@@ -112,20 +112,23 @@ class EarlySlow:
             raise
         data = await self._data_for(stream.peer, request)
         await write_message(stream, EarlyReply(num_bytes=len(data)))
-        await write_bulk(stream, data)
+        for start in range(0, len(data), CHUNK_BYTES):
+            if request.round != self._round:  # or slow readers would keep the φ of many rounds in memory
+                raise DeadlineError("slow weights were read too slowly: there are newer ones")
+            await write_bulk(stream, memoryview(data)[start : start + CHUNK_BYTES])
 
     async def _data_for(self, peer: PeerId, request: EarlyRequest) -> bytes:
         if request.run != self._terms.run or peer not in self._known:
             return b""
-        if request.round == self._round + 1 and self._num_waiting < MAX_WAITING:
-            self._num_waiting += 1
+        if request.round == self._round + 1 and peer not in self._waiting and len(self._waiting) < MAX_WAITING:
+            self._waiting.add(peer)
             try:
                 async with asyncio.timeout(WAIT_S):
                     await self._is_ready.wait()
             except TimeoutError:
                 pass
             finally:
-                self._num_waiting -= 1
+                self._waiting.discard(peer)
         if request.round != self._round or peer in self._served or len(self._served) >= MAX_SERVED:
             return b""
         self._served.add(peer)

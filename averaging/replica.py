@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from averaging.admission import Admission, Verdict
+from averaging.codec import codec_named
 from averaging.fused import FusedPasses, is_fusible
 from averaging.native_passes import NativePasses, is_native
 from averaging.partners import Measurement, Partner, read_partners, weigh_partners
@@ -142,7 +143,8 @@ class Replica:
         """
         num_bytes = self.config.payload_bytes(self.theta.numel(), round)[1]
         payload = torch.zeros(num_bytes, dtype=torch.uint8, device=self.theta.device)
-        codec, fragment = self._payloads.slow_codec, self._fragments.index(round)
+        # Not the compiled one: ten seconds of compiling would hold up the inner steps, for bytes that are the same.
+        codec, fragment = codec_named(self.config.slow_codec), self._fragments.index(round)
         for piece in self._fragments.pieces(fragment, max_numel=_AHEAD_NUMEL):
             codec.encode(self.phi[piece.span], payload, start=piece.start)
         return payload.cpu().numpy().tobytes()

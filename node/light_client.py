@@ -27,7 +27,7 @@ from libp2p.security.tls.transport import PROTOCOL_ID as TLS
 from libp2p.security.tls.transport import TLSTransport
 from multiaddr import Multiaddr
 
-from protocol.errors import LlmNodeError, ProtocolError, UserError
+from protocol.errors import LlmNodeError, ProtocolError, UserError, first_leaf
 from protocol.libp2p_addresses import split_address
 
 __all__ = ["fetch_frame"]
@@ -58,7 +58,9 @@ def fetch_frame(address: str, protocol: str, *, what: str, max_bytes: int, timeo
         outcome = trio.run(_fetch, peer, protocol, what, max_bytes, timeout_s)
     except ExceptionGroup as group:
         # py-libp2p's own tasks fail as a group, for instance when the other side breaks its framing.
-        raise UserError(f"{address} broke off the connection ({_leaf(group)}); is it an llm-node peer?") from None
+        raise UserError(
+            f"{address} broke off the connection ({type(first_leaf(group)).__name__}); is it an llm-node peer?"
+        ) from None
     if isinstance(outcome, bytes):
         return outcome
     if isinstance(outcome, LlmNodeError):
@@ -141,9 +143,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         for attempt in getattr(error, "errors", ()):
             yield from _causes(attempt)
         error = error.__cause__
-
-
-def _leaf(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return type(error).__name__

@@ -26,7 +26,7 @@ from node.home import Home
 from node.join import JoinOptions, join
 from node.peer import Peer, PeerOptions, Summary
 from node.view import BootstrapView, JsonView, LiveView, PlainView, run_lines, summary_lines
-from protocol.errors import LlmNodeError
+from protocol.errors import LlmNodeError, first_leaf
 
 __all__ = ["run_bootstrap", "run_join"]
 
@@ -136,12 +136,6 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
         expected, bugs = group.split(EXPECTED)
         if expected is None or bugs is not None:
             raise
-        raise _first_leaf(expected) from None
+        raise first_leaf(expected) from None
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

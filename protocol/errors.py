@@ -24,6 +24,7 @@ __all__ = [
     "StreamClosedError",
     "TransportError",
     "UserError",
+    "first_leaf",
 ]
 
 
@@ -63,3 +64,10 @@ class StreamClosedError(TransportError):
 
 class DeadlineError(TransportError):
     """Our own deadline for the operation passed."""
+
+
+def first_leaf(error: BaseException) -> BaseException:
+    """Of errors that came out of a task's parents as groups of groups, the first one; any other is returned as it is."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -75,9 +75,11 @@ class Manifest(Section):
             raise ValueError(
                 f"pipeline.stages {self.pipeline.stages} is more than the model's {self.model.num_layers} layers; lower it"
             )
-        if self.model.num_parameters <= (self.sync.fragments - 1) * FRAGMENT_BLOCK:
+        num_parameters = self.model.smallest_stage(self.pipeline.stages)  # every stage is averaged by itself
+        if num_parameters <= (self.sync.fragments - 1) * FRAGMENT_BLOCK:
             raise ValueError(
-                f"sync.fragments {self.sync.fragments} is too many for {self.model.num_parameters} parameters, "
+                f"sync.fragments {self.sync.fragments} is too many for {num_parameters} parameters"
+                f"{' of the smallest stage' if self.pipeline.stages > 1 else ''}, "
                 f"of which a fragment takes blocks of {FRAGMENT_BLOCK}; lower sync.fragments"
             )
         return self

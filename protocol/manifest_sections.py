@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -48,11 +49,17 @@ class ModelSpec(Section):
     @property
     def num_parameters(self) -> int:
         """Number of trained parameters (tied embeddings counted once)."""
+        return self.smallest_stage(1)
+
+    def smallest_stage(self, num_stages: int) -> int:
+        """Number of trained parameters of the smallest of so many stages, which are divided as in model/stage.py."""
         head_dim = self.hidden_size // self.num_heads
         attention = 2 * self.hidden_size * head_dim * (self.num_heads + self.num_kv_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return embeddings + self.num_layers * layer + self.hidden_size
+        ends = [self.num_layers * stage // num_stages for stage in range(num_stages + 1)]
+        first, *others = (layer * (end - begin) for begin, end in pairwise(ends))
+        return min([embeddings + first + self.hidden_size, *others])
 
 
 class TokenizerSpec(Section):

@@ -138,6 +138,10 @@ class SyncSpec(Section):
                 raise ValueError(f"sync.gamma {self.gamma} must be below 2 for {self.algorithm}; lower gamma")
             if self.group == "pair" and self.gamma == 0.0:
                 raise ValueError(f"{self.algorithm} in pairs needs sync.gamma > 0, or replicas would drift apart")
+            if self.group == "all" and self.gamma > 0.0 and self.slow_codec == "lattice":
+                raise ValueError(
+                    f"sync.slow_codec lattice would move the equal replicas of {self.algorithm} in groups apart; take bf16"
+                )
         return self
 
     @model_validator(mode="after")

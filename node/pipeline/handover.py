@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 
 from node.pipeline.messages import INPUT_PROTOCOL, NOTICE_PROTOCOL, TASK_PROTOCOL, InputRequest, Notice, Reply, Task
 from node.pipeline.rules import is_order
-from protocol.errors import LlmNodeError, ProtocolError
+from protocol.errors import LlmNodeError, TransportError
 from protocol.ids import PeerId, RunId
 from protocol.transport import Stream, Transport
 from protocol.wire import bulk_buffer, read_bulk_into, read_message, write_bulk, write_message
@@ -143,7 +143,8 @@ class Handover:
         """What the peer before `task.position` sent on in its forward pass.
 
         Raises:
-            TransportError, ProtocolError: it does not have it any more.
+            TransportError: it can not be reached, or does not have it any more, which is no fault: its iteration may have ended.
+            ProtocolError: it broke a rule.
         """
         request = InputRequest(run=task.run, iteration=task.iteration, origin=task.path[0], microbatch=task.microbatch)
         before = PeerId(task.path[task.position - 1])
@@ -151,7 +152,7 @@ class Handover:
             async with await self._transport.open(before, INPUT_PROTOCOL) as stream:
                 await write_message(stream, request)
                 if not (await read_message(stream, Reply)).ok:
-                    raise ProtocolError("the input of a microbatch is gone")
+                    raise TransportError("the input of a microbatch is gone")
                 payload = bulk_buffer(self._terms.payload_bytes)
                 await read_bulk_into(stream, payload)
                 return payload

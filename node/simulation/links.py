@@ -23,6 +23,8 @@ COLUMNS = ["from", "to", "latency_ms", "mbit_per_s"]
 WRITES_TO_AGREE = 2
 """Propose or Answer, and the Offer: what each end writes before the pair is final (averaging/exchange_messages.py). The stream
 breaks when both have begun with their payloads, so each holds the other's Offer, and neither looks for another partner."""
+MAX_LATENCY_MS = 60_000.0
+"""As in the scenario; a clock of centuries does not tell seconds apart."""
 _BYTES_PER_MBIT = 125_000.0
 _CACHED_LINKS = 1 << 16
 
@@ -136,11 +138,19 @@ def _cells(row: list[str], *, path: Path, number: int) -> tuple[str, str, float,
     cells = [cell.strip() for cell in row]
     try:
         source, target, latency_ms, mbit_per_s = cells[0], cells[1], float(cells[2]), float(cells[3])
-        if len(cells) == 4 and source and target and 0.0 <= latency_ms < math.inf and 0.0 < mbit_per_s < math.inf:
+        if (
+            len(cells) == 4
+            and source
+            and target
+            and 0.0 <= latency_ms <= MAX_LATENCY_MS
+            and 0.0 < mbit_per_s < math.inf
+        ):
             return source, target, latency_ms, mbit_per_s
     except (IndexError, ValueError):
         pass
-    raise UserError(f"{path}: line {number} is not {','.join(COLUMNS)} with positive numbers; mend it")
+    raise UserError(
+        f"{path}: line {number} is not {','.join(COLUMNS)} with positive numbers and at most a minute; mend it"
+    )
 
 
 def _completed(sites: Sites, path: Path) -> Sites:

@@ -25,6 +25,7 @@ from node.simulation.population import Member
 from node.simulation.quadratic import Quadratic, loss_of
 from node.simulation.world import World, identity_of, own_speed
 from protocol.directory import Directory, validate_entry
+from protocol.errors import UserError
 from protocol.ids import PeerId
 from protocol.memory import MemoryTransport
 from protocol.memory_links import Counts
@@ -153,7 +154,7 @@ class SimulatedPeer(Member):
         self._observe()
         following = self._clock.next_round(self.round)
         tally.population["skipped"] += following - self.round - 1
-        update = self.replica.pack(round=following - 1, tokens=TOKENS_PER_STEP * self._steps_in_round)
+        update = self._pack(following - 1)
         self.round = following
         overlapped = scenario.sync.overlap and following < scenario.num_rounds
         limit_s = scenario.sync.exchange_timeout_s
@@ -167,6 +168,12 @@ class SimulatedPeer(Member):
             self._apply(tasks, await exchange)
         tally.round_s.append(loop.time() - self._round_began_s)
         return exchange if overlapped else None
+
+    def _pack(self, round: int) -> Update:
+        try:
+            return self.replica.pack(round=round, tokens=TOKENS_PER_STEP * self._steps_in_round)
+        except FloatingPointError:
+            raise self._diverged() from None
 
     async def _exchange(self, update: Update, deadline_s: float) -> list[ExchangeResult]:
         if self._ahead is not None:
@@ -188,7 +195,15 @@ class SimulatedPeer(Member):
         for result in results:
             self.world.tally.count_exchange(result, outcome)
         loss = loss_of(self.replica.phi, self.world.problem)
+        if not math.isfinite(loss):
+            raise self._diverged()
         self.world.tally.count_replica(self.round - 1, self.replica.phi, loss)
+
+    def _diverged(self) -> UserError:
+        """A real peer would go back to its slow weights; a swarm of which that is asked has the wrong settings."""
+        return UserError(
+            f"the simulated weights grow beyond all bounds by round {self.round}; lower sync.beta or sync.alpha"
+        )
 
     async def _look_ahead(self, early: EarlySlow) -> None:
         """Send and fetch what can travel before the next exchange; cancelled when that begins."""

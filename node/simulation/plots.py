@@ -24,6 +24,9 @@ def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
     from matplotlib import rc_context
 
     files: list[Path] = []
+    result = result | {
+        "name": result["name"].replace("$", r"\$")
+    }  # matplotlib takes what is between two for mathematics
     plots = staged_figures(result) if "stages" in result else _figures(result)
     for name, figure in plots.items():
         with rc_context({"svg.hashsalt": "llm-node"}):

@@ -79,6 +79,8 @@ class Population(Generic[M]):
         self.live: dict[int, M] = {}
         self.number_of: dict[PeerId, int] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._fate: list[asyncio.Task[None]] = []
+        """What makes peers come and go; it ends with the last of them."""
 
     async def run(self) -> None:
         """Let everybody live until the last round is done."""
@@ -88,10 +90,10 @@ class Population(Generic[M]):
             for number in range(num_founders):
                 self._add(number, None).directory.level = level
                 self._tasks[number] = tasks.create_task(self._life(number, self.start_s))
-            fate = [tasks.create_task(self._joins(tasks)), tasks.create_task(self._exits(tasks))]
+            self._fate = [tasks.create_task(self._joins(tasks)), tasks.create_task(self._exits(tasks))]
             while self._tasks:  # newcomers, too
                 await asyncio.wait(list(self._tasks.values()))
-            for task in fate:
+            for task in self._fate:
                 task.cancel()
 
     def _add(self, number: int, donor: M | None) -> M:
@@ -117,7 +119,7 @@ class Population(Generic[M]):
         await asyncio.sleep(self.start_s)
         while churn.joins_per_hour > 0.0:
             await asyncio.sleep(-math.log(chance.uniform("join", number)) * 3600.0 / churn.joins_per_hour)
-            tasks.create_task(self._join(tasks, number))
+            self._fate.append(tasks.create_task(self._join(tasks, number)))
             number += 1
 
     async def _join(self, tasks: asyncio.TaskGroup, number: int) -> None:

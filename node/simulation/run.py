@@ -33,7 +33,7 @@ from node.simulation.staged import StagedSimulation
 from node.simulation.tally import Tally
 from node.simulation.world import World, problem_of, replica_config, run_id_of
 from protocol import directory
-from protocol.errors import UserError
+from protocol.errors import UserError, first_leaf
 from protocol.memory_links import Chance
 from protocol.virtual_time import run_virtual
 
@@ -56,12 +56,16 @@ def simulate(scenario: Scenario, folder: Path = Path()) -> dict[str, Any]:
         second, and work and peers per stage (node/simulation/staged_tally.py).
 
     Raises:
-        UserError: the link matrix is unusable.
+        UserError: the link matrix is unusable, or the settings make the weights grow beyond all bounds.
     """
     torch.set_num_threads(1)  # the vectors are too small to share
     with checked_once(), rare_collections():
         simulation = StagedSimulation(scenario, folder) if scenario.is_staged else Simulation(scenario, folder)
-        return run_virtual(simulation.run())
+        try:
+            return run_virtual(simulation.run())
+        except* UserError as group:
+            problem = first_leaf(group)
+    raise problem
 
 
 def simulate_file(scenario: Scenario, folder: Path, *, out: Path | None) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def simulate_file(scenario: Scenario, folder: Path, *, out: Path | None) -> dict
         As `simulate`.
 
     Raises:
-        UserError: the link matrix is unusable, `out` can not be written, or matplotlib is missing.
+        UserError: as `simulate`; `out` can not be written, or matplotlib is missing.
     """
     if out is None:
         return simulate(scenario, folder)

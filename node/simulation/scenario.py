@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from model.config import PRESETS
 from protocol.errors import UserError
-from protocol.manifest import PipelineSpec, SafetySpec, SyncSpec
+from protocol.manifest import ModelSpec, PipelineSpec, SafetySpec, SyncSpec
 from protocol.sync_spec import FRAGMENT_BLOCK
 
 __all__ = [
@@ -59,14 +59,14 @@ class SwarmSection(_Section):
     """Seed of everything that is drawn at random."""
     parameters: int = Field(default=256, ge=1, le=1 << 20)
     """Size of the toy model. Bytes on the wire follow from it and the codecs."""
-    heartbeat_s: float = Field(default=3.0, gt=0.0, le=30.0)
+    heartbeat_s: float = Field(default=3.0, ge=0.1, le=30.0)
     """Seconds between two records of a peer and two looks at the directory; the node's own value is 3. Larger is faster."""
 
 
 class TrainingSection(_Section):
     """Speeds, and the toy problem that stands in for training (see node/simulation/quadratic.py)."""
 
-    step_s: float = Field(default=1.0, gt=0.0, le=86_400.0)
+    step_s: float = Field(default=1.0, ge=1e-6, le=86_400.0)
     """Mean seconds of an inner step."""
     peer_ratio: float = Field(default=0.0, ge=0.0, le=10.0)
     """Standard deviation over mean of the peers' speeds, log-normal, drawn once per peer."""
@@ -76,7 +76,7 @@ class TrainingSection(_Section):
     """Share of peers that are slower by slow_factor."""
     slow_factor: float = Field(default=4.0, ge=1.0, le=1000.0)
     """Factor on the step time of slow peers."""
-    lr: float = Field(default=0.02, gt=0.0, lt=1.0)
+    lr: float = Field(default=0.02, ge=1e-9, lt=1.0)
     """Inner learning rate η."""
     noise: float = Field(default=1.0, ge=0.0, le=1000.0)
     """Standard deviation ν of the gradient noise, in units of the optimum's size."""
@@ -141,6 +141,13 @@ class LinksSection(_Section):
     """Share of exchanges whose stream breaks after both sides have agreed on them, so that both step alone."""
     write_loss: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability, per message, that its stream breaks, whatever it carries; proposals are then made again."""
+
+    @field_validator("matrix")
+    @classmethod
+    def _is_a_name(cls, matrix: str | None) -> str | None:
+        if matrix is not None and not matrix.isprintable():
+            raise ValueError(f"{matrix!a} is no file name; choose another")
+        return matrix
 
     @model_validator(mode="after")
     def _classes_are_whole(self) -> Self:
@@ -216,6 +223,12 @@ class Scenario(_Section):
                 f"pipeline.stages {stages} is more than the {shape.num_layers} layers of model.preset {self.model.preset}; "
                 "lower it, or choose a larger model"
             )
+        spec = ModelSpec(**{name: getattr(shape, name) for name in ModelSpec.model_fields})
+        if spec.smallest_stage(stages) <= (self.sync.fragments - 1) * FRAGMENT_BLOCK:
+            raise ValueError(
+                f"sync.fragments {self.sync.fragments} is too many for the smallest of {stages} stages of model.preset "
+                f"{self.model.preset}; lower it"
+            )
         if self.model.sequence_tokens > shape.max_sequence_tokens:
             raise ValueError(
                 f"model.sequence_tokens must not exceed the {shape.max_sequence_tokens} of model.preset {self.model.preset}; "
@@ -256,6 +269,8 @@ def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Sce
         raise UserError(f"cannot read {path}: {error.strerror}; give the path of a scenario file") from None
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid TOML: nested too deeply; remove the nesting") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UserError(f"{path} is not valid TOML: {error}; mend that line") from None
 

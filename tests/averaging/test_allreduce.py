@@ -81,6 +81,24 @@ def test_tokens_weigh_and_claims_are_capped() -> None:
     run_virtual(main())
 
 
+@pytest.mark.parametrize("ratios", [(1, 8), (1, 30), (1, 1, 16, 16), (1, 16, 16)])
+def test_fast_peers_are_heard_by_slow_ones(ratios: tuple[int, ...]) -> None:
+    """Half of the group has made far less progress: the fast ones' means are shortened, not refused, and nobody is blamed."""
+
+    async def main() -> None:
+        async with open_members(len(ratios)) as members:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(members.reduce(index, delta=delta_of(index) / ratio, tokens=48_000 // ratio))
+                    for index, ratio in enumerate(ratios)
+                ]
+            assert [task.result().outcome for task in tasks] == ["averaged"] * len(ratios)
+            assert len({bytes(task.result().mean or b"") for task in tasks}) == 1
+            assert not any(averager.violations for averager in members.averagers)
+
+    run_virtual(main())
+
+
 def test_round_after_round_with_phases_and_a_late_comer() -> None:
     async def main() -> None:
         async with open_members(4, numel=2000) as members:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import AsyncExitStack
 
 import pytest
 
 from averaging.averager import ExchangeResult
+from averaging.exchange import Exchange
+from averaging.exchange_messages import NONCE_BYTES, Answer, Propose
 from averaging.group import round_robin
+from averaging.search import PROTOCOL
+from averaging.swap import describe
 from protocol.ids import PeerId
 from protocol.memory import LinkSpec, MemoryNetwork
+from protocol.transport import Stream
 from protocol.virtual_time import run_virtual
+from protocol.wire import read_message, write_message
+from tests.averaging.actor import TERMS, Actor
 from tests.averaging.swarm import Swarm, make_update, open_swarm
 
 
@@ -117,6 +125,65 @@ def test_a_missing_and_a_dying_peer_cost_only_themselves() -> None:
                 assert [outcomes[swarm.ids[other]] for other in range(4) if other != index] == ["averaged"] * 3
                 assert outcomes[swarm.ids[4]] in ("lost", "timeout")
                 assert outcomes[swarm.ids[5]] in ("lost", "timeout")
+
+    run_virtual(main())
+
+
+def test_who_proposes_again_while_it_queues_is_not_forgotten() -> None:
+    async def main() -> None:
+        slow = MemoryNetwork(link=LinkSpec(latency_s=0.01, bytes_per_s=1000.0))
+        async with open_swarm(4, network=slow, num_silent=1) as swarm:
+            actor, busy = Actor(swarm), max(swarm.ids)
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(exchange_all(swarm, index, deadline_s=30.0)) for index in range(3)]
+                await asyncio.sleep(0.5)  # both others are being let in
+                first = group.create_task(actor.propose(busy))
+                await asyncio.sleep(0.5)
+                first.cancel()
+                await asyncio.sleep(0.5)
+                await actor.propose(busy)
+            check_complete(swarm, swarm.ids.index(busy), tasks[swarm.ids.index(busy)].result())
+
+    run_virtual(main())
+
+
+def test_those_who_stall_do_not_keep_the_others_out() -> None:
+    async def main() -> None:
+        async with open_swarm(4, network=network(), num_silent=2) as swarm, AsyncExitStack() as stack:
+            busy = swarm.ids.index(max(swarm.ids))
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(exchange_all(swarm, busy, deadline_s=60.0))
+                for index in (2, 3):
+                    exchange = Exchange(terms=TERMS, identity=swarm.identities[index], partner=swarm.ids[busy])
+                    stream = await stack.enter_async_context(
+                        await swarm.transports[index].open(swarm.ids[busy], PROTOCOL)
+                    )
+                    progress = await describe(make_update(swarm.ids[index]))
+                    await write_message(stream, exchange.propose(progress, progress.round))
+                    assert exchange.receive_answer(await read_message(stream, Answer))
+                await exchange_all(swarm, 1 - busy, deadline_s=50.0)
+            outcomes = {result.partner: result.outcome for result in task.result()}
+            assert outcomes[swarm.ids[1 - busy]] == "averaged"
+
+    run_virtual(main())
+
+
+def test_who_is_in_ever_other_rounds_is_not_asked_for_ever() -> None:
+    async def main() -> None:
+        async with open_swarm(2, network=network(), num_silent=1) as swarm:
+            rounds: list[int] = []
+
+            async def turn_down(stream: Stream) -> None:
+                await read_message(stream, Propose)
+                rounds.append(3 + len(rounds) % 2)
+                answer = Answer(accepted=False, reason="other-round", round=rounds[-1], nonce=bytes(NONCE_BYTES))
+                await write_message(stream, answer)
+
+            swarm.transports[1].handle(PROTOCOL, turn_down)
+            assert swarm.ids[0] < swarm.ids[1]
+            [result] = await exchange_all(swarm, 0)
+            assert result.outcome == "alone"
+            assert len(rounds) < 10
 
     run_virtual(main())
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
-from averaging.early import EARLY_PROTOCOL, EarlyReply, EarlyRequest, EarlySlow
+from averaging.early import EARLY_PROTOCOL, MAX_WAITING, EarlyReply, EarlyRequest, EarlySlow
 from averaging.outer import OuterConfig
 from averaging.replica import Replica, ReplicaConfig
+from kernels import quantize
+from protocol.errors import StreamClosedError
 from protocol.memory import LinkSpec, MemoryNetwork
 from protocol.transport import Stream
 from protocol.virtual_time import run_virtual
-from protocol.wire import read_message, write_bulk, write_message
+from protocol.wire import read_bulk, read_message, write_bulk, write_message
 from tests.averaging.replicas import OPEN, noise, train
 from tests.averaging.swarm import RUN, Swarm, make_update, open_swarm
 
@@ -158,6 +160,52 @@ def test_it_is_sent_to_few_and_once_to_each() -> None:
             assert [await asked(3), await asked(1)] == [0, NUM_BYTES[1]], "a stranger takes nobody's place"
 
     run_virtual(main())
+
+
+def test_a_slow_reader_does_not_keep_old_slow_weights() -> None:
+    """Or it would have those of many rounds kept in memory."""
+
+    async def main() -> None:
+        async with slow_lines(2) as swarm:
+            early = early_of(swarm, 0)
+            early.publish(ROUND, bytes(10 << 20), candidates=swarm.ids)
+            async with await swarm.transports[1].open(swarm.ids[0], EARLY_PROTOCOL) as stream:
+                await write_message(stream, EarlyRequest(run=RUN, round=ROUND))
+                num_bytes = (await read_message(stream, EarlyReply)).num_bytes
+                assert num_bytes == 10 << 20
+                await read_bulk(stream, 2 << 20)
+                early.publish(ROUND + 1, b"new", candidates=swarm.ids)
+                with pytest.raises(StreamClosedError):
+                    await read_bulk(stream, num_bytes - (2 << 20))
+
+    run_virtual(main())
+
+
+def test_one_peer_does_not_take_all_places_of_those_who_wait() -> None:
+    async def main() -> None:
+        async with slow_lines(3) as swarm:
+            early_of(swarm, 0).publish(ROUND - 1, b"old", candidates=swarm.ids)
+            async with AsyncExitStack() as stack:
+                for _ in range(MAX_WAITING):
+                    stream = await stack.enter_async_context(
+                        await swarm.transports[1].open(swarm.ids[0], EARLY_PROTOCOL)
+                    )
+                    await write_message(stream, EarlyRequest(run=RUN, round=ROUND))
+                await asyncio.sleep(1.0)
+                stream = await stack.enter_async_context(await swarm.transports[2].open(swarm.ids[0], EARLY_PROTOCOL))
+                await write_message(stream, EarlyRequest(run=RUN, round=ROUND))
+                await asyncio.sleep(1.0)
+                early_of(swarm, 0).publish(ROUND, slow_of(swarm, 0), candidates=swarm.ids)
+                assert (await read_message(stream, EarlyReply)).num_bytes == NUM_BYTES[1]
+
+    run_virtual(main())
+
+
+def test_nothing_is_compiled_for_what_goes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold up the inner steps for ten seconds."""
+    monkeypatch.setattr(quantize, "compiled_version", lambda _: pytest.fail("compiles"))
+    config = replace(OPEN, outer=OuterConfig(algorithm="noloco"), slow_codec="q8", compiled=True)
+    assert Replica(noise(0, numel=4096), config).slow_ahead(0)
 
 
 @pytest.mark.parametrize("slow_codec", ["fp32", "bf16", "q8", "q4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from model.errors import DataError
 from model.initial import initialise
 from model.stage import Stage, run_path, stage_layers
 from model.transformer import Transformer
+from protocol.manifest import ModelSpec
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -47,6 +49,14 @@ def test_all_stages_together_hold_the_whole_models_weights(config: ModelConfig, 
     assert {name: value.tolist() for name, value in joined.items()} == {
         name: value.tolist() for name, value in whole.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED])
+@pytest.mark.parametrize("num_stages", range(1, 7))
+def test_the_manifest_knows_how_large_the_smallest_is(config: ModelConfig, num_stages: int) -> None:
+    spec = ModelSpec(**dataclasses.asdict(config))
+    _, stages = whole_and_stages(config, num_stages)
+    assert spec.smallest_stage(num_stages) == min(sum(p.numel() for p in stage.parameters()) for stage in stages)
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED])

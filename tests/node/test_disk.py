@@ -17,10 +17,9 @@ import pytest
 from model.checkpoint import load_newest
 from node.compute import VirtualCompute
 from node.peer import Peer, PeerOptions, Summary
-from node.terminal import _first_leaf
 from protocol.blobs import BlobStore
 from protocol.directory import validate_entry
-from protocol.errors import TransportError, UserError
+from protocol.errors import TransportError, UserError, first_leaf
 from protocol.memory import MemoryNetwork, MemoryTransport
 from protocol.publication import SignedManifest
 from protocol.virtual_time import run_virtual
@@ -75,7 +74,7 @@ class Life:
         try:
             return run_virtual(live())
         except ExceptionGroup as group:  # as node/terminal.py shows it
-            raise _first_leaf(group) from None
+            raise first_leaf(group) from None
 
     @property
     def checkpoints(self) -> Path:

@@ -11,7 +11,8 @@ from averaging.codec import DELTA_CODECS, SLOW_CODECS
 from averaging.outer import Algorithm, OuterConfig
 from averaging.replica import ReplicaConfig
 from protocol.errors import UserError
-from protocol.manifest import Manifest, SyncSpec, describe_fields
+from protocol.manifest import Manifest, PipelineSpec, SyncSpec, describe_fields
+from protocol.sync_spec import FRAGMENT_BLOCK
 from tests.protocol.samples import manifest
 
 ALGORITHMS = get_args(SyncSpec.model_fields["algorithm"].annotation)
@@ -98,6 +99,8 @@ def test_a_default_that_is_left_out_of_the_canonical_form_is_refused() -> None:
         ({"early_slow": True, "algorithm": "diloco"}, "needs pairs that exchange φ apart from Δ"),
         ({"early_slow": True, "algorithm": "local"}, "needs pairs that exchange φ apart from Δ"),
         ({"early_slow": True, "slow_codec": "lattice"}, "take bf16"),
+        ({"algorithm": "diloco", "slow_codec": "lattice"}, "lattice would move the equal replicas of diloco"),
+        ({"algorithm": "sparseloco", "gamma": 0.5, "slow_codec": "lattice"}, "take bf16"),
         ({"delta_codec": "lattice"}, "sync.delta_codec"),
         ({"delta_codec": "zip"}, "sync.delta_codec"),
         ({"slow_codec": "topk"}, "sync.slow_codec"),
@@ -118,6 +121,17 @@ def test_what_can_not_work_is_one_line(sync: dict[str, Any], reason: str) -> Non
         from_toml(**sync)
     assert reason in str(error.value)
     assert str(error.value).isprintable()
+
+
+def test_the_smallest_stage_must_hold_the_fragments() -> None:
+    """Each stage is a vector of its own, and those without embedding and head are smaller."""
+    shape = manifest().model
+    fragments = shape.num_parameters // FRAGMENT_BLOCK
+    fields = {name: getattr(manifest(), name) for name in Manifest.model_fields}
+    fields["sync"] = SyncSpec(fragments=fragments)
+    Manifest(**fields)
+    with pytest.raises(ValueError, match="of the smallest stage, of which a fragment"):
+        Manifest(**fields | {"pipeline": PipelineSpec(stages=2)})
 
 
 def test_the_same_codecs_and_algorithms_are_known_everywhere() -> None:

@@ -15,12 +15,15 @@ from protocol.errors import StreamClosedError
 from protocol.ids import PeerId
 from protocol.memory import LinkSpec
 from protocol.virtual_time import run_virtual
-from protocol.wire import read_message, write_message
+from protocol.wire import read_message, write_bulk, write_message
 from tests.node.pipeline.stages import (
     BACKWARD,
+    CONFIG,
     FORWARD,
     PER_MICROBATCH,
     RUN,
+    SEQUENCES,
+    TOKENS,
     Pipeline,
     microbatches,
     train_all,
@@ -48,6 +51,28 @@ def test_a_dead_or_frozen_peer_is_replaced_and_counts_once(what: str, how: str, 
             await asyncio.sleep(100.0)  # the frozen one wakes up, and finds that its work is not wanted
             assert [pipeline.counted(each) for each in range(3)] == [3 * PER_MICROBATCH] * 3
             assert pipeline.at(stage, 1).worker.num_tokens > 0
+
+    run_virtual(story())
+
+
+def test_nobody_is_blamed_for_an_input_that_is_gone() -> None:
+    """Neither who has forgotten it nor who asks for the backward pass: the iteration may have ended for one of them."""
+
+    async def story() -> None:
+        async with Pipeline(3, replicas=2) as pipeline:
+            holder, replica = pipeline.at(2), pipeline.at(1, 1)
+            path: list[str] = [pipeline.at(0).peer, replica.peer, holder.peer]
+            payload_bytes = SEQUENCES * TOKENS * CONFIG.hidden_size * 4
+            task = Task(
+                run=RUN, iteration=0, microbatch=1, kind="again", path=path, position=1, payload_bytes=payload_bytes
+            )
+            async with await holder.transport.open(replica.peer, TASK_PROTOCOL) as stream:
+                await write_message(stream, task)
+                await write_bulk(stream, bytes(payload_bytes))
+                assert (await read_message(stream, Reply)).ok
+                with pytest.raises(StreamClosedError):
+                    await read_message(stream, Reply)
+            assert not any(each.violations for each in pipeline.peers)
 
     run_virtual(story())
 

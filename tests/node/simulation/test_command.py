@@ -60,6 +60,13 @@ def test_json_and_files_say_the_same_and_repeat(path: Path, tmp_path: Path) -> N
         assert data == (tmp_path / "two" / name).read_bytes()
 
 
+def test_a_name_is_no_mathematics(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path.write_text(path.read_text().replace('"small"', r"'worth $\frac$ of it'"))
+    assert invoke(path, "--out", tmp_path / "out", "--set", "swarm.rounds=2").exit_code == 0
+    assert "frac" in (tmp_path / "out" / "rounds.svg").read_text()
+
+
 def test_without_matplotlib_plots_are_refused_at_once_and_tables_work(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +93,15 @@ def test_a_bad_scenario_is_one_line(tmp_path: Path) -> None:
     result = invoke(tmp_path / "bad.toml")
     assert isinstance(result.exception, UserError)
     assert result.stdout == ""
+
+
+def test_settings_that_diverge_are_one_line(path: Path) -> None:
+    """Nesterov with β = 2 and optima that every round reaches: 2 is beyond 2(1 + α)/(1 + 2α)."""
+    wild = ["sync.algorithm=diloco", "sync.beta=2.0", "training.lr=0.9", "swarm.rounds=300", "swarm.peers=2"]
+    result = invoke(path, *(text for setting in wild for text in ("--set", setting)))
+    assert isinstance(result.exception, UserError)
+    assert "grow beyond all bounds" in str(result.exception)
+    assert "\n" not in str(result.exception)
 
 
 STAGED = (

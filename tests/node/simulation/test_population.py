@@ -38,10 +38,9 @@ class Idler(Member):
         pass
 
 
-def test_newcomers_come_and_go_when_the_last_founder_is_gone() -> None:
-    churn = {"joins_per_hour": 360.0, "join_s": 1.0, "crashes_per_hour": 40.0}
+def lived_s(churn: dict[str, float], counts: Counter[str]) -> float:
+    """Virtual seconds until two founders and all who joined them are gone."""
     scenario = Scenario.model_validate({"swarm": {"peers": 2, "rounds": 1}, "churn": churn})
-    counts: Counter[str] = Counter()
 
     async def story() -> float:
         network = MemoryNetwork()
@@ -55,7 +54,18 @@ def test_newcomers_come_and_go_when_the_last_founder_is_gone() -> None:
         await population.run()
         return asyncio.get_running_loop().time()
 
-    end_s = run_virtual(story())
+    return run_virtual(story())
+
+
+def test_newcomers_come_and_go_when_the_last_founder_is_gone() -> None:
+    counts: Counter[str] = Counter()
+    end_s = lived_s({"joins_per_hour": 360.0, "join_s": 1.0, "crashes_per_hour": 40.0}, counts)
     assert counts["joined"] > 2
     assert counts["crashed"] >= counts["joined"]
     assert end_s < NEWCOMER_S, "nobody stayed to the end"
+
+
+def test_nobody_is_waited_for_who_would_come_too_late() -> None:
+    counts: Counter[str] = Counter()
+    assert lived_s({"joins_per_hour": 3600.0, "join_s": 10 * FOUNDER_S}, counts) == FOUNDER_S
+    assert counts["joined"] == 0

@@ -56,6 +56,7 @@ def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
     ("text", "telling"),
     [
         ("rounds =", "not valid TOML"),
+        ("deep = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("[swarm]\npeers = 4\n", "swarm.rounds: is missing; add it"),
         (SMALL + "colour = 1\n", "swarm.colour: unknown key"),
         (SMALL + '"a\\nb" = 1\n', "unknown key"),
@@ -64,12 +65,22 @@ def test_a_run_that_ends_earlier_ends_the_simulation(tmp_path: Path) -> None:
         ("[swarm]\npeers = 4096\nrounds = 2\nparameters = 1000000\n", "than fits in memory; lower one of them"),
         (SMALL + "[links]\nlatency_s = inf\n", "links.latency_s"),
         (SMALL + "[links]\nexchange_loss = 1.5\n", "links.exchange_loss"),
+        (SMALL + '[links]\nmatrix = "a\\u0000b"\n', "links.matrix"),
+        (SMALL + '[links]\nmatrix = "a\\nb"\n', "links.matrix"),
+        (SMALL + "[training]\nlr = 1e-20\n", "training.lr"),
+        (SMALL + "[training]\nstep_s = 1e-320\n", "training.step_s"),
+        ("[swarm]\npeers = 4\nrounds = 2\nheartbeat_s = 1e-300\n", "swarm.heartbeat_s"),
         (SMALL + "[sync]\nalpha = 0.9\n", "replicas would drift apart"),
         (SMALL + "[sync]\nfragments = 4\n", "raise it"),
         (SMALL + "[model]\npreset = '1b'\n", "set pipeline.stages above 1"),
         (SMALL + "[pipeline]\nstages = 4\n[model]\npreset = '50m'\nsequence_tokens = 4096\n", "lower it"),
         (SMALL + "[pipeline]\nstages = 4\n[sync]\nfragments = 4\n", "raise it"),
         ("[swarm]\npeers = 32\nrounds = 2\n[pipeline]\nstages = 32\n", "more than the 22 layers of model.preset 1b"),
+        (
+            "[swarm]\npeers = 4\nrounds = 2\nparameters = 300000\n[pipeline]\nstages = 4\n[model]\npreset = '1m'\n"
+            "sequence_tokens = 64\n[sync]\nfragments = 64\n",
+            "too many for the smallest of 4 stages",
+        ),
         (
             SMALL + "[[links.classes]]\nshare = 0.5\nup_bytes_per_s = 1.0\ndown_bytes_per_s = 1.0\n",
             "make 0.5 instead of 1",
@@ -114,6 +125,7 @@ class TestMatrix:
             ("from,to,latency_ms,mbit_per_s\na,b,10,8\na,a,x,8\n", "line 3"),
             ("from,to,latency_ms,mbit_per_s\na,b,-1,8\n", "line 2"),
             ("from,to,latency_ms,mbit_per_s\na,b,nan,8\n", "line 2"),
+            ("from,to,latency_ms,mbit_per_s\na,b,1e300,8\n", "line 2"),
             ("from,to,latency_ms,mbit_per_s\na,b,1,0\n", "line 2"),
             ("from,to,latency_ms,mbit_per_s\na,b,1,8\nc,c,1,8\n", "between 'a' and 'c' is missing"),
         ],
