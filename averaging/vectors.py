@@ -19,10 +19,10 @@ class Vectors:
 
     Args:
         theta: θ, the model's own weights.
-        phi: φ, the slow weights; with pair averaging θ after the last step (averaging/fused.py keeps packed θ there meanwhile).
+        phi: φ, the slow weights; with pair averaging θ after the last step, where the fast routes may keep packed θ meanwhile.
         momentum: δ.
         residual: what the Δ codec lost so far.
-        anchor: θ as it was packed; may be φ itself (averaging/fused.py).
+        anchor: θ as it was packed; with pair averaging it may be φ itself, or the payload (averaging/native_passes.py).
     """
 
     theta: Tensor
