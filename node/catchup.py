@@ -202,6 +202,7 @@ class StateFetcher:
         if at_round is None:
             at_round = self.swarm_round()
         await self._compute.run(self._trainer.adopt, weights, ref.round if at_round is None else at_round)
+        self._trainer.is_shared = True
         self._events.emit("state_adopted", round=ref.round, loss=_rounded(loss), donors=len(candidate.voters))
         return True
 
