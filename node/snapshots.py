@@ -90,6 +90,7 @@ class SnapshotKeeper:
         self._trainer, self._compute, self._store, self._transport = trainer, compute, store, transport
         self._events, self._publish, self._own_loss = events, publish, own_loss
         self._refused: dict[PeerId, int] = {}
+        """Who showed a bad one, and the first round of which it is listened to again."""
         self._unavailable: set[str] = set()
         self.held: list[SnapshotRef] = []
 
@@ -105,8 +106,12 @@ class SnapshotKeeper:
         if round // self._every != self._epoch:  # not `round % every`: a peer that skips rounds may skip that one
             self._epoch = round // self._every
             await self.publish_in_turn(round, live)
-        elif is_wanted and round - self._newest_kept(live, round) >= max(FRESH_ROUNDS, self._every // WANTED_SHARE):
+        elif is_wanted and round - self._newest_kept(live, round) >= self._least_interval:
             await self._publish_if_first(round, order_for_round(self._run, round, _settled(self._peer, live)))
+
+    @property
+    def _least_interval(self) -> int:
+        return max(FRESH_ROUNDS, self._every // WANTED_SHARE)
 
     async def publish_in_turn(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
         """Publish the state after `round` if the lot of that round says so."""
@@ -152,17 +157,17 @@ class SnapshotKeeper:
         """What this peer should keep, newest first; what could not be had last time comes last.
 
         Any peer may claim anything, so a snapshot counts only from a peer that the lot allows to have it, and only for a round
-        that the swarm can have reached. Who showed a bad one is not listened to again before the next round of snapshots:
-        checking costs a download and an evaluation.
+        that the swarm can have reached. Who showed a bad one is not listened to again before another is due, whatever round it
+        claims: checking costs a download and an evaluation.
         """
-        self._refused = {peer: round for peer, round in self._refused.items() if peer in live}
+        self._refused = {peer: due for peer, due in self._refused.items() if peer in live}
         newest_held = max((ref.round for ref in self.held), default=-1)
         rounds = sorted([self._trainer.round, *(record.round for record in live.values())])
         newest_possible = rounds[(len(rounds) - 1) // 2] + self._every
         offers: set[SnapshotRef] = set()
         for peer, record in live.items():
             for ref in record.snapshots:
-                is_new = max(newest_held, self._refused.get(peer, -1)) < ref.round <= newest_possible
+                is_new = max(newest_held + 1, self._refused.get(peer, 0)) <= ref.round <= newest_possible
                 if is_new and any({peer, self._peer} <= set(keepers) for keepers in self._keepers(ref, live)):
                     offers.add(ref)
         self._unavailable &= {ref.root for ref in offers}
@@ -201,7 +206,8 @@ class SnapshotKeeper:
         return True
 
     def _refuse(self, ref: SnapshotRef, holders: list[PeerId], reason: str) -> bool:
-        self._refused |= dict.fromkeys(holders, ref.round)
+        due = min((ref.round // self._every + 1) * self._every, ref.round + self._least_interval)
+        self._refused |= {peer: max(due, self._refused.get(peer, 0)) for peer in holders}
         self._forget(ref)
         self._events.emit("snapshot_refused", round=ref.round, root=ref.root[:12], reason=reason)
         return False

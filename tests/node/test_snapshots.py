@@ -221,9 +221,10 @@ def test_who_showed_a_bad_one_is_heard_again_with_the_next(trainer: Trainer, tmp
         async with neighbourhood(tmp_path, 2) as nodes:
             scene = Scene(trainer, nodes)
             bad = scene.offer(1, round=ROUND, factor=30.0)
-            again = scene.offer(1, round=ROUND, factor=31.0)
+            again, later = (scene.offer(1, round=ROUND + n, factor=31.0 + n) for n in (0, 1))
             await scene.keep({1: [bad]})
             await scene.keep({1: [again]})
+            await scene.keep({1: [later]})
             assert scene.names() == ["snapshot_refused"], "one check per peer and round of snapshots"
             good = scene.offer(1, round=ROUND + EVERY)
             await scene.keep({1: [good]}, round=ROUND + EVERY)
