@@ -13,14 +13,15 @@ round has a lot of its own for that. Whoever wants a state takes no part in the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from model.errors import CheckpointError
 from node.compute import Compute
 from node.events import EventLog
+from node.snapshot_list import SnapshotList
 from node.training_state import TrainingState
 from protocol.blob_exchange import fetch_blob
 from protocol.blobs import BlobStore
@@ -83,6 +84,7 @@ class SnapshotKeeper:
         events: EventLog,
         publish: Callable[[list[SnapshotRef]], None],
         own_loss: Callable[[int], float | None],
+        folder: Path | None = None,
     ) -> None:
         self._run, self._peer, self._every = run, peer, every_rounds
         self._epoch = -1
@@ -92,6 +94,7 @@ class SnapshotKeeper:
         self._refused: dict[PeerId, int] = {}
         """Who showed a bad one, and the first round of which it is listened to again."""
         self._unavailable: set[str] = set()
+        self._list = SnapshotList(store, folder)
         self.held: list[SnapshotRef] = []
 
     async def after_round(self, round: int, live: Mapping[PeerId, PeerRecord], *, is_wanted: bool = False) -> None:
@@ -138,10 +141,14 @@ class SnapshotKeeper:
         self._hold(ref)
         self._events.emit("snapshot_published", round=round, root=ref.root[:12])
 
+    def clear(self) -> None:
+        """Remove what earlier sessions have left in the store, but for what this one holds."""
+        self._list.clear(but=[ref.root for ref in self.held])
+
     def let_go(self) -> None:
         """Keep none any more: this peer goes to another stage, and those who stay have their own."""
         for ref in self.held:
-            self._forget(ref)
+            self._list.remove(ref.root)
         self.held = []
         self._publish([])
 
@@ -170,7 +177,9 @@ class SnapshotKeeper:
                 is_new = max(newest_held + 1, self._refused.get(peer, 0)) <= ref.round <= newest_possible
                 if is_new and any({peer, self._peer} <= set(keepers) for keepers in self._keepers(ref, live)):
                     offers.add(ref)
-        self._unavailable &= {ref.root for ref in offers}
+        for root in self._unavailable - {ref.root for ref in offers}:  # what came of it would stay for ever
+            self._unavailable.remove(root)
+            self._list.remove(root)
         return sorted(offers, key=lambda ref: (ref.root in self._unavailable, -ref.round, ref.root))
 
     def _keepers(self, ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[list[PeerId]]:
@@ -189,6 +198,8 @@ class SnapshotKeeper:
         limit = max_snapshot_bytes(self._trainer.manifest.model.num_parameters)
         try:
             blob = BlobId(ref.root)
+            if not self._store.has(blob):
+                self._list.add(ref.root)
             await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
             data = await asyncio.to_thread(self._store.read, blob)
             weights = await self._compute.run(self._trainer.read_snapshot, data)
@@ -208,20 +219,17 @@ class SnapshotKeeper:
     def _refuse(self, ref: SnapshotRef, holders: list[PeerId], reason: str) -> bool:
         due = min((ref.round // self._every + 1) * self._every, ref.round + self._least_interval)
         self._refused |= {peer: max(due, self._refused.get(peer, 0)) for peer in holders}
-        self._forget(ref)
+        self._list.remove(ref.root)
         self._events.emit("snapshot_refused", round=ref.round, root=ref.root[:12], reason=reason)
         return False
 
     def _hold(self, ref: SnapshotRef) -> None:
+        self._list.add(ref.root)
         self.held = sorted([*(r for r in self.held if r.root != ref.root), ref], key=lambda r: r.round)
         for old in self.held[:-NUM_KEPT]:
-            self._forget(old)
+            self._list.remove(old.root)
         self.held = self.held[-NUM_KEPT:]
         self._publish(list(self.held))
-
-    def _forget(self, ref: SnapshotRef) -> None:
-        with contextlib.suppress(UserError):  # the disk cannot be written: the file stays, which harms nobody
-            self._store.remove(BlobId(ref.root))
 
 
 def _holders(ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[PeerId]:
