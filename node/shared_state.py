@@ -16,6 +16,7 @@ from node.freshness import Freshness
 from node.progress import Progress
 from node.role import Role
 from node.service import Service
+from node.snapshot_list import SnapshotList
 from node.snapshots import SnapshotKeeper
 from node.training_state import TrainingState
 from protocol.identity import Identity
@@ -48,6 +49,7 @@ class SharedState:
         self._trainer, self._role, self._progress = trainer, role, progress
         self._events, self._peer = service.events, identity.peer_id
         self._freshness = Freshness(progress)
+        snapshots = SnapshotList(service.store, folder)
         self._fetcher = StateFetcher(
             trainer=trainer,
             compute=compute,
@@ -55,6 +57,7 @@ class SharedState:
             transport=service.transport,
             directory=role.view,
             events=service.events,
+            snapshots=snapshots,
             wish=self._wish_for_a_state,
         )
         self._keeper = SnapshotKeeper(
@@ -68,7 +71,7 @@ class SharedState:
             events=service.events,
             publish=self._show_snapshots,
             own_loss=progress.val_loss_after,
-            folder=folder,
+            snapshots=snapshots,
         )
 
     async def start(self, checkpoints: Checkpoints, *, rebuilder: Rebuilder | None) -> int | None:

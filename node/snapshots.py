@@ -16,7 +16,6 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 from model.errors import CheckpointError
 from node.compute import Compute
@@ -84,7 +83,7 @@ class SnapshotKeeper:
         events: EventLog,
         publish: Callable[[list[SnapshotRef]], None],
         own_loss: Callable[[int], float | None],
-        folder: Path | None = None,
+        snapshots: SnapshotList,
     ) -> None:
         self._run, self._peer, self._every = run, peer, every_rounds
         self._epoch = -1
@@ -94,7 +93,7 @@ class SnapshotKeeper:
         self._refused: dict[PeerId, int] = {}
         """Who showed a bad one, and the first round of which it is listened to again."""
         self._unavailable: set[str] = set()
-        self._list = SnapshotList(store, folder)
+        self._list = snapshots
         self.held: list[SnapshotRef] = []
 
     async def after_round(self, round: int, live: Mapping[PeerId, PeerRecord], *, is_wanted: bool = False) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from model.weights import encode_weights
 from node.compute import VirtualCompute
+from node.snapshot_list import SnapshotList
 from node.snapshots import NUM_KEEPERS, NUM_KEPT, SnapshotKeeper, order_for_epoch
 from node.trainer import Trainer
 from protocol.errors import UserError
@@ -73,7 +74,7 @@ class Scene:
             events=self.events,
             publish=self._show,
             own_loss=lambda finished: trainer.evaluate() if own_losses is None else own_losses[finished],
-            folder=folder,
+            snapshots=SnapshotList(nodes[0].store, folder),
         )
 
     def _show(self, held: list[SnapshotRef]) -> None:
