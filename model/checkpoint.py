@@ -11,6 +11,7 @@ loading has passed over, and they go as well.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -65,7 +66,8 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
         Bytes written.
 
     Raises:
-        CheckpointError: the disk is full or can not be written; the previous generation is untouched.
+        CheckpointError: the disk is full or can not be written; the previous generation is untouched, and nothing of this one
+            takes room.
     """
     assert 0 <= generation < 10**8
     stem = f"{generation:08d}"
@@ -80,6 +82,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
         write_durably(folder / f"{stem}.json", [description])
         _prune(folder, generation, {name for name, _ in files})
     except OSError as error:
+        _discard_unfinished(folder, stem)
         raise CheckpointError(
             f"checkpoint {generation} could not be written to {folder}: {error.strerror or error}; "
             "free some space, the previous checkpoint is untouched"
@@ -200,6 +203,14 @@ def _prune(folder: Path, generation: int, files: set[str]) -> None:
             if temporary or not (own or number in kept):
                 doomed.append(path.name)
     _remove(folder, sorted(doomed, key=lambda name: not name.endswith(".json")))
+
+
+def _discard_unfinished(folder: Path, stem: str) -> None:
+    """Remove the data of a generation without a description: nobody reads it, and it takes the room that the next save needs."""
+    with contextlib.suppress(OSError):
+        if not (folder / f"{stem}.json").exists():
+            for path in folder.glob(f"{stem}-*"):
+                path.unlink(missing_ok=True)
 
 
 def _remove(folder: Path, names: list[str]) -> None:

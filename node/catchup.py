@@ -21,6 +21,7 @@ from model.errors import CheckpointError
 from node.checkpoints import Checkpoints, SavedState
 from node.compute import Compute
 from node.events import EventLog
+from node.snapshot_list import SnapshotList
 from node.snapshots import max_snapshot_bytes
 from node.training_state import TrainingState
 from protocol.blob_exchange import fetch_blob
@@ -80,6 +81,7 @@ class StateFetcher:
     """Brings a joiner into the swarm.
 
     Args:
+        snapshots: lists those in the store.
         wish: called when no state that passes is there; the others should publish one.
     """
 
@@ -92,9 +94,11 @@ class StateFetcher:
         transport: Transport,
         directory: SwarmView,
         events: EventLog,
+        snapshots: SnapshotList | None = None,
         wish: Callable[[], None] = lambda: None,
     ) -> None:
         self._wish = wish
+        self._list = snapshots or SnapshotList(store, None)
         self._trainer, self._compute, self._store = trainer, compute, store
         self._transport, self._directory, self._events = transport, directory, events
         self._refused: set[SnapshotRef] = set()
@@ -183,6 +187,8 @@ class StateFetcher:
         """Enter at `at_round` with this state, at the swarm's when None; False if it does not pass."""
         ref, blob = candidate.ref, BlobId(candidate.ref.root)
         limit = max_snapshot_bytes(self._trainer.manifest.model.num_parameters)
+        if is_brought := not self._store.has(blob):
+            self._list.add(blob)
         try:
             await fetch_blob(
                 blob, transport=self._transport, store=self._store, donors=list(candidate.voters), max_bytes=limit
@@ -190,7 +196,7 @@ class StateFetcher:
             data = await asyncio.to_thread(self._store.read, blob)
             weights = await self._compute.run(self._trainer.read_snapshot, data)
         except CheckpointError as error:
-            return self._refuse(ref, str(error))
+            return self._refuse(ref, str(error), is_brought=is_brought)
         except LlmNodeError as error:
             if ref not in self._unavailable:
                 self._unavailable.add(ref)
@@ -198,15 +204,18 @@ class StateFetcher:
             return False
         loss = await self._compute.run(self._trainer.evaluate, weights)
         if loss is not None and not loss < self._expected_loss() + LOSS_MARGIN:
-            return self._refuse(ref, f"held-out loss {loss:.2f}")
+            return self._refuse(ref, f"held-out loss {loss:.2f}", is_brought=is_brought)
         if at_round is None:
             at_round = self.swarm_round()
         await self._compute.run(self._trainer.adopt, weights, ref.round if at_round is None else at_round)
+        self._trainer.is_shared = True
         self._events.emit("state_adopted", round=ref.round, loss=_rounded(loss), donors=len(candidate.voters))
         return True
 
-    def _refuse(self, ref: SnapshotRef, reason: str) -> bool:
+    def _refuse(self, ref: SnapshotRef, reason: str, *, is_brought: bool) -> bool:
         self._refused.add(ref)
+        if is_brought:
+            self._list.remove(ref.root)
         self._events.emit("state_refused", round=ref.round, root=ref.root[:12], reason=reason)
         return False
 

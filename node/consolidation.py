@@ -118,7 +118,7 @@ class Consolidator:
         return done
 
     def _without_others(self) -> Consolidated:
-        alone = self._progress.exchanges_ok == 0
+        alone = not self._trainer.is_shared
         done = Consolidated(meetings=0, distance=None, agreed=alone)
         if not alone:
             own = self._progress.val_loss

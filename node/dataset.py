@@ -63,7 +63,11 @@ class LocalSource(BatchSource):
 
 
 class ShardSource(BatchSource):
-    """Shards fetched from other peers, cached on disk and served on."""
+    """Shards fetched from other peers, cached on disk and served on.
+
+    Raises:
+        UserError: no shard holds a single sequence.
+    """
 
     def __init__(
         self,
@@ -75,14 +79,17 @@ class ShardSource(BatchSource):
         fetch: Callable[[BlobId], Any],
         events: EventLog,
     ) -> None:
-        self._index, self._manifest, self._peer = index, manifest, peer
+        self._manifest, self._peer = manifest, peer
+        usable = [BlobId(blob) for blob, tokens in index.entries if tokens > manifest.inner.sequence_tokens]
+        self._shards = usable  # the last one of a run may be too short for a single sequence
+        if not usable:
+            raise UserError("every shard of this run is shorter than one sequence; its organiser must add text")
         self._store, self._fetch, self._events = store, fetch, events
         self._run = manifest.run_id
 
     def shard_of(self, round: int) -> BlobId:
         """The shard this peer reads in `round`."""
-        number = assigned_shard(self._run, self._peer, round, 0, len(self._index.entries))
-        return BlobId(self._index.entries[number][0])
+        return self._shards[assigned_shard(self._run, self._peer, round, 0, len(self._shards))]
 
     async def batches(self, round: int) -> RoundBatches:
         tokens = decode_tokens(await self._read(self.shard_of(round)), self._manifest.model.vocab_size)
@@ -124,7 +131,7 @@ class ShardSource(BatchSource):
                     await asyncio.sleep(RETRY_S)
 
     def _shards_here(self) -> list[BlobId]:
-        return [BlobId(entry) for entry, _ in self._index.entries if self._store.has(BlobId(entry))]
+        return [shard for shard in self._shards if self._store.has(shard)]
 
 
 async def open_source(

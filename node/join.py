@@ -103,31 +103,40 @@ async def join(
 
 def _known_addresses(home: Home, given: tuple[str, ...]) -> tuple[str, ...]:
     """The addresses given, then those of peers met in the run that was joined through them, or in the latest run."""
-    known = list(given)
-    for folder in reversed(home.runs()):
-        via = _read_list(folder / "via.json")
-        if not given or set(via) & set(given):
-            known += [address for address in [*_read_list(folder / "peers.json"), *via] if address not in known]
-            break
-    return tuple(known)
+    folder = _remembered_run(home, given)
+    cached = [] if folder is None else [*_read_list(folder / "peers.json"), *_read_list(folder / "via.json")]
+    return tuple(dict.fromkeys([*given, *cached]))
+
+
+def _remembered_run(home: Home, given: tuple[str, ...]) -> Path | None:
+    """Folder of the run that was joined through one of these addresses; of the latest without any."""
+    folders = reversed(home.runs())
+    return next((f for f in folders if not given or set(_read_list(f / "via.json")) & set(given)), None)
 
 
 async def _find_manifest(
     transport: Transport, home: Home, given: tuple[str, ...], known: tuple[str, ...]
 ) -> SignedManifest:
+    """From the first address that gives one. Addresses given may lead to any run. A peer met in a run may be anybody: what it sends
+    counts only if it is of that run."""
+    remembered = _remembered_run(home, given)
     for address in known:
         try:
             peer: PeerId = await transport.connect(address)
-            return await fetch_manifest(transport, peer)
+            signed = await fetch_manifest(transport, peer)
         except TransportError:
             continue
         except UserError:
             if address in given:
                 raise
         except LlmNodeError as error:
-            raise UserError(
-                f"{address} sent an unacceptable manifest: {error}; ask the organiser for an address"
-            ) from None
+            if address in given:
+                raise UserError(
+                    f"{address} sent an unacceptable manifest: {error}; ask the organiser for an address"
+                ) from None
+        else:
+            if address in given or (remembered is not None and signed.manifest.run_id == remembered.name):
+                return signed
     if given:
         raise UserError(
             f"no peer answers at {given[0]}; check the address, that the node there runs, and that its port is open"

@@ -105,6 +105,7 @@ class Membership:
             identity=self._identity,
             compute=self._compute,
             progress=self._progress,
+            folder=self._folder,
         )
         measuring = asyncio.ensure_future(self._measure(trainer))
         try:  # no task group: it would wrap what the caller looks for

@@ -82,7 +82,7 @@ def make_run(request: RunRequest, store: BlobStore) -> Manifest:
     texts = list(_texts(request))
     tokenizer_json = train_tokenizer(sample_texts(texts, TOKENIZER_SAMPLE_CHARS), draft.model.vocab_size)
     tokenizer = Tokenizer(tokenizer_json)
-    data = _store_data(request, draft.data.kind, texts, tokenizer, store)
+    data = _store_data(draft, texts, tokenizer, store)
     # Little text gives fewer tokens than asked for.
     model = draft.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     blob = TokenizerSpec(blob=store.put(tokenizer_json))
@@ -150,16 +150,11 @@ def _texts(request: RunRequest) -> Iterator[str]:
         raise UserError(str(error)) from None
 
 
-def _store_data(
-    request: RunRequest,
-    kind: Literal["files", "stdlib", "local"],
-    texts: Iterable[str],
-    tokenizer: Tokenizer,
-    store: BlobStore,
-) -> DataSpec:
+def _store_data(draft: Manifest, texts: Iterable[str], tokenizer: Tokenizer, store: BlobStore) -> DataSpec:
+    kind = draft.data.kind
     try:
         shards, heldout = build_dataset(
-            texts, tokenizer, shard_tokens=SHARD_TOKENS, heldout_tokens=request.heldout_tokens
+            texts, tokenizer, shard_tokens=SHARD_TOKENS, heldout_tokens=draft.data.heldout_tokens
         )
     except DataError as error:
         raise UserError(str(error)) from None
@@ -167,7 +162,9 @@ def _store_data(
     heldout_tokens = len(heldout) // width
     if kind == "local":
         return DataSpec(kind=kind, heldout=store.put(heldout), heldout_tokens=heldout_tokens, train_tokens=0)
-    entries = [(str(store.put(shard)), len(shard) // width) for shard in shards]
+    # What is left at the end may be too short for a sequence: nobody could train on it.
+    whole = (shard for shard in shards if len(shard) // width > draft.inner.sequence_tokens)
+    entries = [(str(store.put(shard)), len(shard) // width) for shard in whole]
     if not entries:
         raise UserError("the data holds too little text for both training and a held-out set; add more files")
     return DataSpec(

@@ -7,6 +7,7 @@ weights have strayed from everybody's, or are too old to be averaged with (node/
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from node.catchup import Rebuilder, StateFetcher, find_start
 from node.checkpoints import Checkpoints
@@ -15,6 +16,7 @@ from node.freshness import Freshness
 from node.progress import Progress
 from node.role import Role
 from node.service import Service
+from node.snapshot_list import SnapshotList
 from node.snapshots import SnapshotKeeper
 from node.training_state import TrainingState
 from protocol.identity import Identity
@@ -30,6 +32,7 @@ class SharedState:
     Args:
         trainer: holds the state.
         role: which has been taken; its peers are those who have the like.
+        folder: of the run in this home; None keeps nothing.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class SharedState:
         identity: Identity,
         compute: Compute,
         progress: Progress,
+        folder: Path | None,
     ) -> None:
         self._trainer, self._role, self._progress = trainer, role, progress
         self._events, self._peer = service.events, identity.peer_id
         self._freshness = Freshness(progress)
+        snapshots = SnapshotList(service.store, folder)
         self._fetcher = StateFetcher(
             trainer=trainer,
             compute=compute,
@@ -52,6 +57,7 @@ class SharedState:
             transport=service.transport,
             directory=role.view,
             events=service.events,
+            snapshots=snapshots,
             wish=self._wish_for_a_state,
         )
         self._keeper = SnapshotKeeper(
@@ -65,6 +71,7 @@ class SharedState:
             events=service.events,
             publish=self._show_snapshots,
             own_loss=progress.val_loss_after,
+            snapshots=snapshots,
         )
 
     async def start(self, checkpoints: Checkpoints, *, rebuilder: Rebuilder | None) -> int | None:
@@ -89,6 +96,7 @@ class SharedState:
             await self._keeper.publish_in_turn(trainer.round, {})
         if start.adopted is not None:
             self._keeper.adopt(start.adopted)
+        self._keeper.clear()  # not before: a state that was fetched in part is gone on with
         swarm = self._fetcher.swarm_round()
         self._freshness.took(state_round=start.state_round, at_round=trainer.round, swarm_round=swarm)
         return start.cursor

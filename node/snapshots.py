@@ -13,7 +13,6 @@ round has a lot of its own for that. Whoever wants a state takes no part in the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from model.errors import CheckpointError
 from node.compute import Compute
 from node.events import EventLog
+from node.snapshot_list import SnapshotList
 from node.training_state import TrainingState
 from protocol.blob_exchange import fetch_blob
 from protocol.blobs import BlobStore
@@ -83,6 +83,7 @@ class SnapshotKeeper:
         events: EventLog,
         publish: Callable[[list[SnapshotRef]], None],
         own_loss: Callable[[int], float | None],
+        snapshots: SnapshotList,
     ) -> None:
         self._run, self._peer, self._every = run, peer, every_rounds
         self._epoch = -1
@@ -90,7 +91,9 @@ class SnapshotKeeper:
         self._trainer, self._compute, self._store, self._transport = trainer, compute, store, transport
         self._events, self._publish, self._own_loss = events, publish, own_loss
         self._refused: dict[PeerId, int] = {}
+        """Who showed a bad one, and the first round of which it is listened to again."""
         self._unavailable: set[str] = set()
+        self._list = snapshots
         self.held: list[SnapshotRef] = []
 
     async def after_round(self, round: int, live: Mapping[PeerId, PeerRecord], *, is_wanted: bool = False) -> None:
@@ -105,8 +108,12 @@ class SnapshotKeeper:
         if round // self._every != self._epoch:  # not `round % every`: a peer that skips rounds may skip that one
             self._epoch = round // self._every
             await self.publish_in_turn(round, live)
-        elif is_wanted and round - self._newest_kept(live, round) >= max(FRESH_ROUNDS, self._every // WANTED_SHARE):
+        elif is_wanted and round - self._newest_kept(live, round) >= self._least_interval:
             await self._publish_if_first(round, order_for_round(self._run, round, _settled(self._peer, live)))
+
+    @property
+    def _least_interval(self) -> int:
+        return max(FRESH_ROUNDS, self._every // WANTED_SHARE)
 
     async def publish_in_turn(self, round: int, live: Mapping[PeerId, PeerRecord]) -> None:
         """Publish the state after `round` if the lot of that round says so."""
@@ -133,10 +140,14 @@ class SnapshotKeeper:
         self._hold(ref)
         self._events.emit("snapshot_published", round=round, root=ref.root[:12])
 
+    def clear(self) -> None:
+        """Remove what earlier sessions have left in the store, but for what this one holds."""
+        self._list.clear(but=[ref.root for ref in self.held])
+
     def let_go(self) -> None:
         """Keep none any more: this peer goes to another stage, and those who stay have their own."""
         for ref in self.held:
-            self._forget(ref)
+            self._list.remove(ref.root)
         self.held = []
         self._publish([])
 
@@ -152,20 +163,22 @@ class SnapshotKeeper:
         """What this peer should keep, newest first; what could not be had last time comes last.
 
         Any peer may claim anything, so a snapshot counts only from a peer that the lot allows to have it, and only for a round
-        that the swarm can have reached. Who showed a bad one is not listened to again before the next round of snapshots:
-        checking costs a download and an evaluation.
+        that the swarm can have reached. Who showed a bad one is not listened to again before another is due, whatever round it
+        claims: checking costs a download and an evaluation.
         """
-        self._refused = {peer: round for peer, round in self._refused.items() if peer in live}
+        self._refused = {peer: due for peer, due in self._refused.items() if peer in live}
         newest_held = max((ref.round for ref in self.held), default=-1)
         rounds = sorted([self._trainer.round, *(record.round for record in live.values())])
         newest_possible = rounds[(len(rounds) - 1) // 2] + self._every
         offers: set[SnapshotRef] = set()
         for peer, record in live.items():
             for ref in record.snapshots:
-                is_new = max(newest_held, self._refused.get(peer, -1)) < ref.round <= newest_possible
+                is_new = max(newest_held + 1, self._refused.get(peer, 0)) <= ref.round <= newest_possible
                 if is_new and any({peer, self._peer} <= set(keepers) for keepers in self._keepers(ref, live)):
                     offers.add(ref)
-        self._unavailable &= {ref.root for ref in offers}
+        for root in self._unavailable - {ref.root for ref in offers}:  # what came of it would stay for ever
+            self._unavailable.remove(root)
+            self._list.remove(root)
         return sorted(offers, key=lambda ref: (ref.root in self._unavailable, -ref.round, ref.root))
 
     def _keepers(self, ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[list[PeerId]]:
@@ -184,6 +197,8 @@ class SnapshotKeeper:
         limit = max_snapshot_bytes(self._trainer.manifest.model.num_parameters)
         try:
             blob = BlobId(ref.root)
+            if not self._store.has(blob):
+                self._list.add(ref.root)
             await fetch_blob(blob, transport=self._transport, store=self._store, donors=donors, max_bytes=limit)
             data = await asyncio.to_thread(self._store.read, blob)
             weights = await self._compute.run(self._trainer.read_snapshot, data)
@@ -201,21 +216,19 @@ class SnapshotKeeper:
         return True
 
     def _refuse(self, ref: SnapshotRef, holders: list[PeerId], reason: str) -> bool:
-        self._refused |= dict.fromkeys(holders, ref.round)
-        self._forget(ref)
+        due = min((ref.round // self._every + 1) * self._every, ref.round + self._least_interval)
+        self._refused |= {peer: max(due, self._refused.get(peer, 0)) for peer in holders}
+        self._list.remove(ref.root)
         self._events.emit("snapshot_refused", round=ref.round, root=ref.root[:12], reason=reason)
         return False
 
     def _hold(self, ref: SnapshotRef) -> None:
+        self._list.add(ref.root)
         self.held = sorted([*(r for r in self.held if r.root != ref.root), ref], key=lambda r: r.round)
         for old in self.held[:-NUM_KEPT]:
-            self._forget(old)
+            self._list.remove(old.root)
         self.held = self.held[-NUM_KEPT:]
         self._publish(list(self.held))
-
-    def _forget(self, ref: SnapshotRef) -> None:
-        with contextlib.suppress(UserError):  # the disk cannot be written: the file stays, which harms nobody
-            self._store.remove(BlobId(ref.root))
 
 
 def _holders(ref: SnapshotRef, live: Mapping[PeerId, PeerRecord]) -> list[PeerId]:

@@ -66,6 +66,8 @@ class TrainingState(ABC):
         self.tokens = 0
         self.num_divergences = 0
         """Rounds that ended with weights that were not finite and were given up."""
+        self.is_shared = False
+        """Whether what others learnt is in the weights, since the run began and not just this session."""
 
     @property
     def total_steps(self) -> int:
@@ -113,7 +115,9 @@ class TrainingState(ABC):
 
     def apply(self, partners: Sequence[RemoteUpdate], group_mean: memoryview | None = None) -> Outcome:
         """The outer step of the last closed round, alone when `partners` is empty and there is no mean of a group."""
-        return self.replica.apply(partners, steps_since_pack=self.step_in_round, group_mean=group_mean)
+        outcome = self.replica.apply(partners, steps_since_pack=self.step_in_round, group_mean=group_mean)
+        self.is_shared = self.is_shared or outcome.kind in ("averaged", "clipped")
+        return outcome
 
     def snapshot(self) -> bytes:
         """The slow weights as a safetensors file, which joiners start from."""
@@ -156,6 +160,7 @@ class TrainingState(ABC):
             "step_in_round": self.step_in_round,
             "tokens_in_round": self.tokens_in_round,
             "tokens": self.tokens,
+            "is_shared": self.is_shared,
             # Before a round's first step, `batches` may still be those of the round before.
             "cursor": batches.cursor if batches is not None and self.step_in_round else None,
             "admission": self.replica.admission.state_dict(),
@@ -188,3 +193,4 @@ class TrainingState(ABC):
         self.step_in_round = int(meta["step_in_round"])
         self.tokens_in_round = int(meta["tokens_in_round"])
         self.tokens = int(meta["tokens"])
+        self.is_shared = bool(meta.get("is_shared", False))  # checkpoints of before have none

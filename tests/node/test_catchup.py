@@ -44,6 +44,7 @@ def test_a_state_that_is_worse_than_guessing_is_refused(trainer: Trainer, tmp_pa
             assert await scene.fetcher.fetch() == good
             (refusal,) = scene.named("state_refused")
             assert "held-out loss" in str(refusal["reason"])
+            assert nodes[0].store.blobs() == [good.root], "what is refused takes no room"
 
     run_virtual(story())
 

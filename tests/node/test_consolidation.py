@@ -131,6 +131,33 @@ def test_one_that_comes_after_the_others_have_left_does_not_claim_to_hold_their_
     assert [fields["agreed"] for fields in swarm.named("late", "consolidated")] == [False]
 
 
+@pytest.mark.parametrize("way", ["resumed", "adopted"])
+def test_nor_does_one_whose_meetings_were_in_an_earlier_session_or_another_s(tmp_path: Path, way: str) -> None:
+    swarm = tiny_swarm(tmp_path, sync__total_rounds=40, sync__snapshot_rounds=1)
+    last = "late" if way == "resumed" else "joiner"
+
+    async def story() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in ("late", "other"):
+                tasks.create_task(swarm.live(name))
+            await swarm.until("other", "exchange", outcome="averaged")
+            await swarm.reached(8)
+            if way == "adopted":
+                tasks.create_task(swarm.live(last))
+                await swarm.until(last, "state_adopted")
+            for name in ("late", "other"):
+                swarm.peers[name].stop()
+        if way == "resumed":
+            await asyncio.sleep(60.0)  # until nobody's record is left
+            await swarm.live(last)
+
+    run_virtual(story())
+    assert swarm.peers[last].progress.exchanges_ok == 0, "or this tests nothing"
+    end = swarm.summaries[last].consolidated
+    assert end is not None
+    assert (end.meetings, end.agreed) == (0, False)
+
+
 def test_without_it_they_would_end_apart(tmp_path: Path) -> None:
     signed, store = tiny_run(tmp_path, sync__total_rounds=3, sync__consolidation_tolerance=0.0)
     peers, _ = run_virtual(run_swarm(signed, store, 5, seed=0))

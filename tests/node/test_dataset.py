@@ -88,6 +88,36 @@ def test_a_round_reads_the_shard_that_the_lot_gives(shelf: Shelf) -> None:
     run_virtual(story())
 
 
+def test_a_shard_too_short_for_a_sequence_is_nobody_s(shelf: Shelf, tmp_path: Path) -> None:
+    """The last shard of a run has whatever was left of the text."""
+
+    def source(*shards: tuple[str, int]) -> ShardSource:
+        return ShardSource(
+            ShardIndex(shards),
+            manifest=manifest(),
+            peer=PEER,
+            store=shelf.store,
+            fetch=shelf._fetch,
+            events=shelf.events,
+        )
+
+    least = manifest().inner.sequence_tokens
+    short = shelf.store.put(np.zeros(least, token_dtype(512)).tobytes())
+    mixed = source((str(shelf.blobs[0]), 500), (str(short), least))
+    assert {mixed.shard_of(round) for round in range(50)} == {shelf.blobs[0]}
+
+    async def story() -> None:
+        shelf.failing = TransportError("nobody has it")
+        waiting = asyncio.create_task(mixed.batches(0))
+        await asyncio.sleep(2 * RETRY_S)  # the short one, which is here, does not do instead
+        shelf.failing = None
+        assert (await waiting).num_sequences > 0
+
+    run_virtual(story())
+    with pytest.raises(UserError, match="shorter than one sequence"):
+        source((str(short), least))
+
+
 def test_batches_are_the_same_after_a_restart(shelf: Shelf) -> None:
     async def story() -> None:
         first = (await shelf.source.batches(5)).next(4)

@@ -13,8 +13,10 @@ from node.home import Home
 from node.join import _find_manifest, _known_addresses, _remember_run, check_device, check_memory
 from protocol.blobs import BlobStore
 from protocol.errors import UserError
-from protocol.publication import SignedManifest, publish_manifest
+from protocol.publication import MANIFEST_PROTOCOL, SignedManifest, publish_manifest
+from protocol.transport import Stream
 from protocol.virtual_time import run_virtual
+from protocol.wire import write_frame
 from tests.node.runs import ORGANISER
 from tests.node.swarm import neighbourhood
 
@@ -73,6 +75,7 @@ def test_the_manifest_comes_from_the_first_peer_that_answers(tmp_path: Path, run
             nodes[0].transport.network.crash(nodes[1].peer)
             publish_manifest(nodes[2].transport, run[0])
             home = Home.at(tmp_path / "home")
+            remembered(home, run, addresses[:1], addresses[1])
             assert await _find_manifest(nodes[0].transport, home, addresses[:1], addresses) == run[0]
 
     run_virtual(story())
@@ -91,6 +94,32 @@ def test_nobody_answers(tmp_path: Path, run: Run) -> None:
             _remember_run(home, run[0], (address,))
             again = await _find_manifest(nodes[0].transport, home, (), (address,))
             assert again == run[0], "a run that was joined before goes on alone"
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("lie", ["another run", "garbage"])
+def test_who_was_met_in_a_run_can_neither_lead_into_another_nor_keep_us_out(tmp_path: Path, run: Run, lie: str) -> None:
+    """A swarm is open, so anybody's address may be in the cache."""
+    other = SignedManifest.sign(run[0].manifest.model_copy(update={"name": "other"}), ORGANISER)
+
+    async def lie_to(stream: Stream) -> None:
+        await write_frame(stream, b"no manifest")
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 3) as nodes:
+            addresses = tuple([(await node.transport.addresses())[0] for node in nodes[1:]])
+            if lie == "garbage":
+                nodes[1].transport.handle(MANIFEST_PROTOCOL, lie_to)
+            else:
+                publish_manifest(nodes[1].transport, other)
+            publish_manifest(nodes[2].transport, run[0])
+            home = Home.at(tmp_path / "home")
+            remembered(home, run, ("/ip4/10.0.0.9/tcp/9",), *addresses)
+            assert await _find_manifest(nodes[0].transport, home, (), addresses) == run[0]
+            if lie == "another run":
+                found = await _find_manifest(nodes[0].transport, home, addresses[:1], addresses)
+                assert found == other, "the owner says so"
 
     run_virtual(story())
 

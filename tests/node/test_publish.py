@@ -56,6 +56,20 @@ def test_everything_that_the_manifest_names_is_stored(corpus: Path, store: BlobS
     assert set(store.blobs()) == named
 
 
+def test_a_rest_too_short_for_a_sequence_is_left_out(
+    corpus: Path, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_run(request(corpus), store)
+    sequence = whole.inner.sequence_tokens
+    shard_tokens = whole.data.train_tokens - sequence
+    monkeypatch.setattr("node.publish.SHARD_TOKENS", shard_tokens)
+    made = make_run(request(corpus), store)
+    assert made.data.train_tokens == shard_tokens
+    monkeypatch.setattr("node.publish.SHARD_TOKENS", sequence)
+    with pytest.raises(UserError, match="too little text"):
+        make_run(request(corpus), store)
+
+
 def test_narrow_models_are_trained_by_muon_and_the_organiser_has_the_last_word(corpus: Path, store: BlobStore) -> None:
     assert make_run(request(corpus), store).inner.optimizer == "muon"
     wide = {"model.hidden_size": 1088, "model.num_heads": 17, "model.num_kv_heads": 17, "model.num_layers": 1}

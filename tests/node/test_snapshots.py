@@ -10,6 +10,7 @@ import pytest
 
 from model.weights import encode_weights
 from node.compute import VirtualCompute
+from node.snapshot_list import SnapshotList
 from node.snapshots import NUM_KEEPERS, NUM_KEPT, SnapshotKeeper, order_for_epoch
 from node.trainer import Trainer
 from protocol.errors import UserError
@@ -50,7 +51,14 @@ def test_one_who_leaves_changes_nothing_but_his_own_place() -> None:
 class Scene:
     """Node 0 keeps snapshots; the others are records and blob servers."""
 
-    def __init__(self, trainer: Trainer, nodes: list[Node], *, own_losses: dict[int, float] | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        nodes: list[Node],
+        *,
+        own_losses: dict[int, float] | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self.trainer, self.nodes = trainer, nodes
         trainer.round = ROUND
         self.events, self.heard = listening()
@@ -66,6 +74,7 @@ class Scene:
             events=self.events,
             publish=self._show,
             own_loss=lambda finished: trainer.evaluate() if own_losses is None else own_losses[finished],
+            snapshots=SnapshotList(nodes[0].store, folder),
         )
 
     def _show(self, held: list[SnapshotRef]) -> None:
@@ -139,6 +148,53 @@ def test_who_goes_to_another_stage_keeps_none(trainer: Trainer, tmp_path: Path) 
             assert scene.blobs
             scene.keeper.let_go()
             assert (scene.keeper.held, scene.shown, scene.blobs) == ([], [], set())
+
+    run_virtual(story())
+
+
+def test_the_next_session_removes_what_the_last_one_left(trainer: Trainer, tmp_path: Path) -> None:
+    """Whole ones and parts, and nothing else: the store has the data, too, and the blobs of other runs."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 2) as nodes:
+            scene = Scene(trainer, nodes, folder=tmp_path)
+            await scene.keeper.after_round(EVERY, {})
+            other = nodes[0].store.put(b"a shard")
+            part = nodes[0].store.partial_path(BlobId("0" * 64))
+            part.write_bytes(b"part")
+            scene.keeper._list.add("0" * 64)
+            left = scene.blobs - {other}
+            assert left
+            again = Scene(trainer, nodes, folder=tmp_path)
+            held = again.offer(0, round=ROUND)
+            again.keeper.adopt(held)
+            assert left < again.blobs
+            again.keeper.clear()
+            assert again.blobs == {other, held.root}
+            assert not part.exists()
+            Scene(trainer, nodes, folder=tmp_path).keeper.clear()
+            assert again.blobs == {other}
+            (tmp_path / "snapshots.json").write_text('[7, "garbage"')
+            Scene(trainer, nodes, folder=tmp_path).keeper.clear()
+
+    run_virtual(story())
+
+
+def test_what_came_of_a_snapshot_that_nobody_offers_any_more_goes(trainer: Trainer, tmp_path: Path) -> None:
+    """Or whoever offers a new one again and again, and never gives all of it, fills the disk."""
+
+    async def story() -> None:
+        async with neighbourhood(tmp_path, 2) as nodes:
+            scene = Scene(trainer, nodes)
+            stalled = scene.offer(1, round=ROUND)
+            nodes[1].store.remove(BlobId(stalled.root))
+            part = nodes[0].store.partial_path(BlobId(stalled.root))
+            part.write_bytes(b"part")
+            await scene.keep({1: [stalled]})
+            assert scene.names() == ["snapshot_unavailable"]
+            assert part.exists(), "it may be gone on with"
+            await scene.keep({1: []})
+            assert not part.exists()
 
     run_virtual(story())
 
@@ -221,9 +277,10 @@ def test_who_showed_a_bad_one_is_heard_again_with_the_next(trainer: Trainer, tmp
         async with neighbourhood(tmp_path, 2) as nodes:
             scene = Scene(trainer, nodes)
             bad = scene.offer(1, round=ROUND, factor=30.0)
-            again = scene.offer(1, round=ROUND, factor=31.0)
+            again, later = (scene.offer(1, round=ROUND + n, factor=31.0 + n) for n in (0, 1))
             await scene.keep({1: [bad]})
             await scene.keep({1: [again]})
+            await scene.keep({1: [later]})
             assert scene.names() == ["snapshot_refused"], "one check per peer and round of snapshots"
             good = scene.offer(1, round=ROUND + EVERY)
             await scene.keep({1: [good]}, round=ROUND + EVERY)
