@@ -116,7 +116,7 @@ class TrainingState(ABC):
     def apply(self, partners: Sequence[RemoteUpdate], group_mean: memoryview | None = None) -> Outcome:
         """The outer step of the last closed round, alone when `partners` is empty and there is no mean of a group."""
         outcome = self.replica.apply(partners, steps_since_pack=self.step_in_round, group_mean=group_mean)
-        self.is_shared = self.is_shared or outcome.kind in ("averaged", "clipped")
+        self.is_shared = self.is_shared or group_mean is not None or outcome.kind in ("averaged", "clipped")
         return outcome
 
     def snapshot(self) -> bytes:
