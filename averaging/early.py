@@ -81,6 +81,12 @@ class EarlySlow:
             return None
         return self._held[2]
 
+    async def go_ahead(self, round: int, data: bytes, *, candidates: Iterable[PeerId]) -> None:
+        """Publish our encoded φ of that round and fetch the partner's; to be cancelled when the exchange begins."""
+        candidates = list(candidates)
+        self.publish(round, data, candidates=candidates)
+        await self.fetch(round, num_bytes=len(data), candidates=candidates)
+
     async def fetch(self, round: int, *, num_bytes: int, candidates: Iterable[PeerId]) -> None:
         """Ask the candidate that we expect to meet in a round for its φ. Whatever goes wrong, there is none then.
 

@@ -305,10 +305,8 @@ class RoundLoop:
 
     async def _look_ahead(self, early: EarlySlow, round: int) -> None:
         """Send and fetch what can travel before that round's exchange; cancelled when that begins."""
-        candidates = list(self._trainers())
         data = await self._compute.run(self._trainer.replica.slow_ahead, round)
-        early.publish(round, data, candidates=candidates)
-        await early.fetch(round, num_bytes=len(data), candidates=candidates)
+        await early.go_ahead(round, data, candidates=self._trainers())
 
 
 def sequences_for(manifest: Manifest, *, now: int, round_s: float) -> int:

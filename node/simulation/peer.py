@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 
 from averaging.averager import Averager, ExchangeResult
-from averaging.early import EarlySlow
 from averaging.replica import Replica
 from averaging.update import Update
 from node.mixing import foreign_bucket
@@ -191,7 +190,10 @@ class SimulatedPeer(Member):
         partners = [result.remote for result in results if result.remote is not None]
         outcome = self.replica.apply(partners, steps_since_pack=steps_since_pack)
         if self._averager.early is not None and self.round < self.world.scenario.num_rounds:
-            self._ahead = tasks.create_task(self._look_ahead(self._averager.early))
+            ahead = self._averager.early.go_ahead(
+                self.round, self.replica.slow_ahead(self.round), candidates=self._trainers()
+            )
+            self._ahead = tasks.create_task(ahead)
         for result in results:
             self.world.tally.count_exchange(result, outcome)
         loss = loss_of(self.replica.phi, self.world.problem)
@@ -204,12 +206,6 @@ class SimulatedPeer(Member):
         return UserError(
             f"the simulated weights grow beyond all bounds by round {self.round}; lower sync.beta or sync.alpha"
         )
-
-    async def _look_ahead(self, early: EarlySlow) -> None:
-        """Send and fetch what can travel before the next exchange; cancelled when that begins."""
-        data, candidates = self.replica.slow_ahead(self.round), list(self._trainers())
-        early.publish(self.round, data, candidates=candidates)
-        await early.fetch(self.round, num_bytes=len(data), candidates=candidates)
 
     # ---- the directory
 

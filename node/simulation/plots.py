@@ -24,9 +24,8 @@ def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
     from matplotlib import rc_context
 
     files: list[Path] = []
-    result = result | {
-        "name": result["name"].replace("$", r"\$")
-    }  # matplotlib takes what is between two for mathematics
+    # What is between two of them would be mathematics to matplotlib.
+    result = result | {"name": result["name"].replace("$", r"\$")}
     plots = staged_figures(result) if "stages" in result else _figures(result)
     for name, figure in plots.items():
         with rc_context({"svg.hashsalt": "llm-node"}):

@@ -49,9 +49,8 @@ async def look_ahead(swarm: Swarm, *, data: Callable[[int], bytes] | None = None
     """Everybody publishes and fetches, as after an outer step."""
     async with asyncio.TaskGroup() as tasks:
         for index in range(len(swarm.averagers)):
-            early = early_of(swarm, index)
-            early.publish(ROUND, (data or (lambda number: slow_of(swarm, number)))(index), candidates=swarm.ids)
-            tasks.create_task(early.fetch(ROUND, num_bytes=NUM_BYTES[1], candidates=swarm.ids))
+            slow = slow_of(swarm, index) if data is None else data(index)
+            tasks.create_task(early_of(swarm, index).go_ahead(ROUND, slow, candidates=swarm.ids))
 
 
 async def exchanged_s(swarm: Swarm) -> float:

@@ -8,21 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from model.weights import encode_weights
-from node.compute import VirtualCompute
-from node.snapshot_list import SnapshotList
-from node.snapshots import NUM_KEEPERS, NUM_KEPT, SnapshotKeeper, order_for_epoch
+from node.snapshots import NUM_KEEPERS, NUM_KEPT, order_for_epoch
 from node.trainer import Trainer
 from protocol.errors import UserError
 from protocol.ids import BlobId, RunId
 from protocol.records import SnapshotRef
 from protocol.virtual_time import run_virtual
-from tests.node.swarm import Node, listening, neighbourhood, reference, trainers
+from tests.node.snapshot_scene import EVERY, ROUND, Scene
+from tests.node.swarm import neighbourhood, trainers
 from tests.protocol.samples import RUN, identity, record
 
 LOTTERY = RunId(RUN)
-EVERY = 4
-ROUND = 8
 PEERS = [identity(number).peer_id for number in range(12)]
 
 
@@ -46,56 +42,6 @@ def test_one_who_leaves_changes_nothing_but_his_own_place() -> None:
 
 
 # ---- a keeper among others
-
-
-class Scene:
-    """Node 0 keeps snapshots; the others are records and blob servers."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        nodes: list[Node],
-        *,
-        own_losses: dict[int, float] | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        self.trainer, self.nodes = trainer, nodes
-        trainer.round = ROUND
-        self.events, self.heard = listening()
-        self.shown: list[SnapshotRef] = []
-        self.keeper = SnapshotKeeper(
-            run=trainer.manifest.run_id,
-            peer=nodes[0].peer,
-            every_rounds=EVERY,
-            trainer=trainer,
-            compute=VirtualCompute(seconds_per_call=0.1),
-            store=nodes[0].store,
-            transport=nodes[0].transport,
-            events=self.events,
-            publish=self._show,
-            own_loss=lambda finished: trainer.evaluate() if own_losses is None else own_losses[finished],
-            snapshots=SnapshotList(nodes[0].store, folder),
-        )
-
-    def _show(self, held: list[SnapshotRef]) -> None:
-        self.shown = held
-
-    def offer(self, *numbers: int, round: int, factor: float = 1.01, data: bytes | None = None) -> SnapshotRef:
-        """A snapshot in the stores of these nodes."""
-        weights = {name: view * factor for name, view in self.trainer.flat.views(self.trainer.replica.phi).items()}
-        return reference(round, encode_weights(weights) if data is None else data, *(self.nodes[n] for n in numbers))
-
-    async def keep(self, offers: dict[int, list[SnapshotRef]], *, round: int = ROUND) -> None:
-        """One look at what the others show."""
-        await self.keeper.keep_copies(trainers(offers, round=round))
-
-    def names(self) -> list[str]:
-        return [name for name, _ in self.heard]
-
-    @property
-    def blobs(self) -> set[str]:
-        """What lies in the keeper's store."""
-        return set(self.nodes[0].store.blobs())
 
 
 def keepers_of(trainer: Trainer, epoch: int, numbers: range) -> set[int]:
@@ -148,53 +94,6 @@ def test_who_goes_to_another_stage_keeps_none(trainer: Trainer, tmp_path: Path) 
             assert scene.blobs
             scene.keeper.let_go()
             assert (scene.keeper.held, scene.shown, scene.blobs) == ([], [], set())
-
-    run_virtual(story())
-
-
-def test_the_next_session_removes_what_the_last_one_left(trainer: Trainer, tmp_path: Path) -> None:
-    """Whole ones and parts, and nothing else: the store has the data, too, and the blobs of other runs."""
-
-    async def story() -> None:
-        async with neighbourhood(tmp_path, 2) as nodes:
-            scene = Scene(trainer, nodes, folder=tmp_path)
-            await scene.keeper.after_round(EVERY, {})
-            other = nodes[0].store.put(b"a shard")
-            part = nodes[0].store.partial_path(BlobId("0" * 64))
-            part.write_bytes(b"part")
-            scene.keeper._list.add("0" * 64)
-            left = scene.blobs - {other}
-            assert left
-            again = Scene(trainer, nodes, folder=tmp_path)
-            held = again.offer(0, round=ROUND)
-            again.keeper.adopt(held)
-            assert left < again.blobs
-            again.keeper.clear()
-            assert again.blobs == {other, held.root}
-            assert not part.exists()
-            Scene(trainer, nodes, folder=tmp_path).keeper.clear()
-            assert again.blobs == {other}
-            (tmp_path / "snapshots.json").write_text('[7, "garbage"')
-            Scene(trainer, nodes, folder=tmp_path).keeper.clear()
-
-    run_virtual(story())
-
-
-def test_what_came_of_a_snapshot_that_nobody_offers_any_more_goes(trainer: Trainer, tmp_path: Path) -> None:
-    """Or whoever offers a new one again and again, and never gives all of it, fills the disk."""
-
-    async def story() -> None:
-        async with neighbourhood(tmp_path, 2) as nodes:
-            scene = Scene(trainer, nodes)
-            stalled = scene.offer(1, round=ROUND)
-            nodes[1].store.remove(BlobId(stalled.root))
-            part = nodes[0].store.partial_path(BlobId(stalled.root))
-            part.write_bytes(b"part")
-            await scene.keep({1: [stalled]})
-            assert scene.names() == ["snapshot_unavailable"]
-            assert part.exists(), "it may be gone on with"
-            await scene.keep({1: []})
-            assert not part.exists()
 
     run_virtual(story())
 
