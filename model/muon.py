@@ -20,7 +20,6 @@ from torch.optim import AdamW, Optimizer
 
 __all__ = ["MuonWithAdamW", "orthogonalised"]
 
-MOMENTUM = 0.95
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 """Coefficients of the quintic, whose slope at zero is the steepest."""
 NUM_STEPS = 5
@@ -62,6 +61,7 @@ class MuonWithAdamW(Optimizer):
         matrices: for Muon, [m, n] each.
         groups: for AdamW, as it takes them.
         lr, weight_decay: of Muon's group; AdamW's groups say their own decay.
+        momentum: Muon's decay of the mean gradient.
         betas: of AdamW.
     """
 
@@ -71,11 +71,12 @@ class MuonWithAdamW(Optimizer):
         groups: Iterable[dict[str, Any]],
         *,
         lr: float,
+        momentum: float,
         weight_decay: float,
         betas: tuple[float, float],
     ) -> None:
         self._adamw = AdamW(groups, lr=lr, betas=betas, fused=True)
-        muon = {"params": list(matrices), "lr": lr, "weight_decay": weight_decay}
+        muon = {"params": list(matrices), "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([muon, *self._adamw.param_groups], {"lr": lr})
         self._share()
 
@@ -86,7 +87,7 @@ class MuonWithAdamW(Optimizer):
         group = self.param_groups[0]
         for matrix in group["params"]:
             if matrix.grad is not None:
-                self._move(matrix, matrix.grad, lr=group["lr"], weight_decay=group["weight_decay"])
+                self._move(matrix, matrix.grad, group)
         self._adamw.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -94,15 +95,15 @@ class MuonWithAdamW(Optimizer):
         super().load_state_dict(state_dict)
         self._share()
 
-    def _move(self, matrix: Tensor, gradient: Tensor, *, lr: float, weight_decay: float) -> None:
-        state = self.state[matrix]
+    def _move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, momentum = self.state[matrix], group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
-        momentum = state["momentum_buffer"]
-        momentum.lerp_(gradient, 1 - MOMENTUM)
-        update = orthogonalised(gradient.lerp(momentum, MOMENTUM), dtype=_fast_dtype(matrix.device))
-        matrix.mul_(1 - lr * weight_decay)
-        matrix.add_(update, alpha=-lr * ADAMW_RMS * max(matrix.shape) ** 0.5)
+        mean = state["momentum_buffer"]
+        mean.lerp_(gradient, 1 - momentum)
+        update = orthogonalised(gradient.lerp(mean, momentum), dtype=_fast_dtype(matrix.device))
+        matrix.mul_(1 - group["lr"] * group["weight_decay"])
+        matrix.add_(update, alpha=-group["lr"] * ADAMW_RMS * max(matrix.shape) ** 0.5)
 
     def _share(self) -> None:
         """Let AdamW work on our groups and our state, which torch replaces when it loads."""

@@ -30,6 +30,7 @@ class InnerConfig:
     optimizer: str = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.9
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     warmup_steps: int = 50
@@ -59,7 +60,9 @@ def build_optimizer(model: nn.Module, config: InnerConfig) -> torch.optim.Optimi
     ]
     betas = (config.beta1, config.beta2)
     if by_muon:
-        return MuonWithAdamW(in_layers, groups, lr=config.lr, weight_decay=config.weight_decay, betas=betas)
+        return MuonWithAdamW(
+            in_layers, groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, betas=betas
+        )
     if config.optimizer in ("adamw", "muon"):
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     if config.optimizer != "adamw8bit":

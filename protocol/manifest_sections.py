@@ -103,6 +103,8 @@ class InnerSpec(Section):
     """AdamW's decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     """AdamW's decay of the second moment."""
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Muon's decay of the mean gradient."""
     weight_decay: float = Field(default=0.1, ge=0.0, le=1.0)
     """Decoupled weight decay, applied to matrices and not to norms."""
     clip_norm: float = Field(default=1.0, gt=0.0)

@@ -50,7 +50,8 @@ def _random(*, share: int, inner_steps: int) -> dict[str, Any]:
     return _pair(inner_steps=inner_steps) | {"fragments": share, "fragment_choice": "random"}
 
 
-_MUON = {"optimizer": "muon"}
+_MUON = {"optimizer": "muon", "momentum": 0.9}
+_MUON_95 = {"optimizer": "muon", "momentum": 0.95}
 _DILOCO = {"algorithm": "diloco", "inner_steps": 50, "gamma": 0.0, **PLAIN}
 
 METHODS: dict[str, Cell] = {
@@ -66,14 +67,15 @@ at most a quarter of DiLoCo's bytes; its inner optimizer is Muon, which the meth
 
 ATTEMPTS: dict[str, Cell] = {
     "moonshot": _cell("moonshot", 3e-3, sync=_theta(inner_steps=9), inner=_MUON),
-    "moonshot, 9 fragments": _cell(
-        "moonshot, 9 fragments", 2e-3, sync=_theta(inner_steps=1) | {"fragments": 9}, inner=_MUON
-    ),
-    "diloco, Muon": _cell("diloco, Muon", 3e-3, sync=_DILOCO, inner=_MUON),
-    "diloco, Muon, lr 1.5e-3": _cell("diloco, Muon, lr 1.5e-3", 1.5e-3, sync=_DILOCO, inner=_MUON),
     "synchronous, Muon": _cell("synchronous, Muon", 3e-3, sync={"algorithm": "local"}, inner=_MUON),
-    "default, 8 fragments": _cell(
-        "default, 8 fragments", 2e-3, sync=_theta(inner_steps=4) | {"fragments": 8}, inner=_MUON
+    "diloco, Muon": _cell("diloco, Muon", 3e-3, sync=_DILOCO, inner=_MUON),
+    "default, Muon 0.95": _cell("default, Muon 0.95", 3e-3, sync=_theta(inner_steps=35), inner=_MUON_95),
+    "moonshot, Muon 0.95": _cell("moonshot, Muon 0.95", 3e-3, sync=_theta(inner_steps=9), inner=_MUON_95),
+    "synchronous, Muon 0.95": _cell("synchronous, Muon 0.95", 3e-3, sync={"algorithm": "local"}, inner=_MUON_95),
+    "diloco, Muon 0.95": _cell("diloco, Muon 0.95", 3e-3, sync=_DILOCO, inner=_MUON_95),
+    "diloco, Muon 0.95, lr 1.5e-3": _cell("diloco, Muon 0.95, lr 1.5e-3", 1.5e-3, sync=_DILOCO, inner=_MUON_95),
+    "default, Muon 0.95, 8 fragments": _cell(
+        "default, Muon 0.95, 8 fragments", 2e-3, sync=_theta(inner_steps=4) | {"fragments": 8}, inner=_MUON_95
     ),
     "default, AdamW": _cell("default, AdamW", 1.5e-3, sync=_theta(inner_steps=35)),
     "default, AdamW, 5 fragments": _cell(

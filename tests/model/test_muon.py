@@ -24,18 +24,18 @@ def steps(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]
         optimizer.step()
 
 
-def ours(parameters: list[torch.nn.Parameter]) -> MuonWithAdamW:
-    rest = torch.nn.Parameter(torch.zeros(3))
-    return MuonWithAdamW(
-        parameters, [{"params": [rest], "weight_decay": 0.0}], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95)
-    )
+def ours(parameters: list[torch.nn.Parameter], *, momentum: float = 0.9) -> MuonWithAdamW:
+    rest = [{"params": [torch.nn.Parameter(torch.zeros(3))], "weight_decay": 0.0}]
+    return MuonWithAdamW(parameters, rest, lr=0.02, momentum=momentum, weight_decay=0.1, betas=(0.9, 0.95))
 
 
-def test_where_bfloat16_is_fast_it_is_torch_s_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.95])
+def test_where_bfloat16_is_fast_it_is_torch_s_to_the_bit(monkeypatch: pytest.MonkeyPatch, momentum: float) -> None:
     monkeypatch.setattr(muon, "_fast_dtype", lambda device: torch.bfloat16)
     mine, theirs = matrices(), matrices()
-    steps(ours(mine), mine)
-    steps(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), theirs)
+    steps(ours(mine, momentum=momentum), mine)
+    reference = torch.optim.Muon(theirs, lr=0.02, momentum=momentum, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    steps(reference, theirs)
     for one, other in zip(mine, theirs, strict=True):
         assert torch.equal(one, other)
 
