@@ -21,6 +21,8 @@ from node.command_options import (
     ListenOption,
     NameOption,
     host_port,
+    listen_addresses,
+    peer_addresses,
     say,
     setting,
 )
@@ -78,15 +80,16 @@ def bootstrap(
 
     In a run of several stages it also collects the newest state of each, so that its home has the whole model.
     """
+    addresses = {"listen": listen_addresses(listen, default="/ip4/0.0.0.0/tcp/4001"), "peers": peer_addresses(peer)}
+    page = host_port(http)
     from node import terminal
     from node.coordinator import CoordinatorOptions
     from node.home import Home
 
     options = CoordinatorOptions(
-        listen=tuple(listen or ["/ip4/0.0.0.0/tcp/4001"]),
+        **addresses,
         announce=tuple(announce or []),
-        peers=tuple(peer or []),
-        http=host_port(http),
+        http=page,
         name=name,
     )
     terminal.run_bootstrap(Home.at(home), manifest, options, as_json=events)
@@ -133,17 +136,17 @@ def join(
 
     Where the model is split into stages, you hold one: that which the swarm lacks most. When another one needs you more, you move.
     """
+    addresses = {"listen": listen_addresses(listen, default="/ip4/0.0.0.0/tcp/0"), "peers": peer_addresses(peer)}
+    page = host_port(http)
     from node import terminal
     from node.home import Home
     from node.join import JoinOptions
     from node.peer import PeerOptions
 
-    network = JoinOptions(
-        peers=tuple(peer or []), listen=tuple(listen or ["/ip4/0.0.0.0/tcp/0"]), announce=tuple(announce or [])
-    )
+    network = JoinOptions(**addresses, announce=tuple(announce or []))
     options = PeerOptions(
         name=name,
-        http=host_port(http),
+        http=page,
         local_data=data,
         sequences=sequences,
         threads=threads,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from protocol.errors import UserError
+from protocol.libp2p_addresses import check_port_is_free, split_address
 
 __all__ = [
     "AnnounceOption",
@@ -20,7 +21,9 @@ __all__ = [
     "NameOption",
     "RunOption",
     "host_port",
+    "listen_addresses",
     "numbers",
+    "peer_addresses",
     "say",
     "setting",
 ]
@@ -67,6 +70,21 @@ def numbers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UserError(f"{option} {text!r} is not a list of numbers, such as 2,3") from None
+
+
+def peer_addresses(given: list[str] | None) -> tuple[str, ...]:
+    """The addresses of `--peer`: a wrong one is told at once, and not after seconds of imports."""
+    for address in given or []:
+        split_address(address)
+    return tuple(given or [])
+
+
+def listen_addresses(given: list[str] | None, *, default: str) -> tuple[str, ...]:
+    """The addresses of `--listen`: that we could not listen there is told at once as well."""
+    addresses = tuple(given or [default])
+    for address in addresses:
+        check_port_is_free(address)
+    return addresses
 
 
 def host_port(text: str | None) -> tuple[str, int] | None:

@@ -209,6 +209,14 @@ def test_a_malformed_peer_address(refusal: Refusal, tmp_path: Path, address: str
     assert "is not an address" in refusal("join", "--peer", address, "--home", tmp_path)
 
 
+@pytest.mark.parametrize("command", [("join", "--peer"), ("join", "--listen"), ("bootstrap", "run.toml", "--listen")])
+def test_a_wrong_address_is_told_before_anything_slow_is_imported(command: tuple[str, ...]) -> None:
+    tell = "import atexit; atexit.register(lambda: print({'torch', 'hivemind'} & set(sys.modules)))"
+    done = separately(*command, "nonsense", code=tell)
+    assert (done.returncode, done.stdout) == (1, "set()\n")
+    assert "address; use one like" in done.stderr
+
+
 def test_the_kept_manifest_is_damaged(run: Run, trainer: Trainer, refusal: Refusal, tmp_path: Path) -> None:
     home = left_home(tmp_path, run, trainer)
     flip_bit(home.runs()[0] / "manifest.bin")
