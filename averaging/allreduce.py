@@ -17,7 +17,6 @@ Here every number has one author, who signs it.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -37,6 +36,7 @@ from protocol.errors import DeadlineError, ProtocolError, TransportError
 from protocol.identity import Identity
 from protocol.ids import PeerId, RunId
 from protocol.transport import Stream, Transport
+from protocol.violations import Violations
 from protocol.wire import read_message, write_message
 
 __all__ = ["PROTOCOL", "GroupAverager", "GroupLimits", "GroupResult"]
@@ -75,7 +75,7 @@ class GroupAverager:
         limits: GroupLimits | None = None,
     ) -> None:
         assert transport.peer_id == identity.peer_id
-        self.violations: Counter[PeerId] = Counter()
+        self.violations = Violations()
         """Broken rules per peer since the start."""
         self._context = GroupContext(
             transport=transport,
@@ -165,7 +165,7 @@ class GroupAverager:
         except TimeoutError:
             raise DeadlineError("stream opened without a hello") from None
         except ProtocolError:
-            self.violations[stream.peer] += 1
+            self.violations.blame(stream.peer)
             raise
         return Caller(stream, hello)
 

@@ -8,7 +8,6 @@ or is known to be gone, when half of those awaited are already voting, or at its
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from protocol.errors import LlmNodeError, ProtocolError, TransportError
 from protocol.identity import Identity
 from protocol.ids import PeerId, RunId
 from protocol.transport import Stream, Transport
+from protocol.violations import Violations
 from protocol.wire import Message, read_message, write_bulk, write_message
 
 __all__ = ["PROTOCOL", "AbsentError", "Assembly", "Caller", "GroupContext", "Link"]
@@ -52,7 +52,7 @@ class GroupContext:
     codec: Codec
     layout: Layout
     limits: GroupLimits
-    violations: Counter[PeerId]
+    violations: Violations
 
 
 class Caller:
@@ -206,7 +206,7 @@ class Assembly:
     def lose(self, peer: PeerId, error: LlmNodeError) -> None:
         """The candidate is out, for the rest of the round."""
         if isinstance(error, ProtocolError):
-            self._context.violations[error.peer or peer] += 1
+            self._context.violations.blame(error.peer or peer)
         self.links.pop(peer, None)
         self._ballots.forget(peer)
         self.missing.setdefault(peer, str(error))

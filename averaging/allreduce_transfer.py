@@ -136,7 +136,7 @@ class Transfer:
         self._assembly.notify()
         echo = await read_message(link.stream, Echo)
         for owner in self.ledger.hear_echo(echo, teller=link.peer):
-            self._context.violations[owner] += 1
+            self._context.violations.blame(owner)
         link.has_echoed = True
         self._assembly.notify()
         await self._has_asked.wait()
@@ -160,7 +160,7 @@ class Transfer:
         for member, share in zip(self._present(), average.shares, strict=True):
             shares[self._roster.index(member)] = share
             if share == Share.NOT_FINITE:
-                self._context.violations[member] += 1
+                self._context.violations.blame(member)
         if self.carry is not None:
             self.carry = ErrorCarry(self.parts[self._own].start, average.error)
         self._scatter(self._own, average.payload)
@@ -201,7 +201,7 @@ class Transfer:
         self.ledger.check(index, digest, teller=teller)
         if not norm <= self._largest_norm:  # also NaN
             self.ledger.spoil(index, "its mean is not finite or too large")
-            self._context.violations[self._roster[index]] += 1
+            self._context.violations.blame(self._roster[index])
             return
         self._scatter(index, payload)
         self.ledger.hold(index)

@@ -8,7 +8,6 @@ between them, proposals for the next round are held at the door.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,6 +23,7 @@ from averaging.update import RemoteUpdate, Update
 from protocol.identity import Identity
 from protocol.ids import PeerId, RunId
 from protocol.transport import Transport
+from protocol.violations import Violations
 
 __all__ = ["Averager", "ExchangeResult"]
 
@@ -76,7 +76,7 @@ class Averager:
     ) -> None:
         assert transport.peer_id == identity.peer_id
         bytes_of_round = payload_bytes if callable(payload_bytes) else lambda round: payload_bytes
-        self.violations: Counter[PeerId] = Counter()
+        self.violations = Violations()
         """Broken rules per peer since the start."""
         terms = Terms(run=run, payload_bytes=bytes_of_round, max_lag_rounds=max_lag_rounds)
         self.early = EarlySlow(terms=terms, transport=transport, violations=self.violations) if sends_early else None

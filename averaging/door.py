@@ -12,7 +12,6 @@ taken, strangers give way to candidates of the last exchange.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Protocol
@@ -23,6 +22,7 @@ from protocol.errors import DeadlineError, LlmNodeError, ProtocolError, StreamCl
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.transport import Stream
+from protocol.violations import Violations
 from protocol.wire import read_message, write_message
 
 __all__ = ["MAX_HELD", "Door", "Listener", "Suitor"]
@@ -108,7 +108,7 @@ class Door:
         violations: counts broken rules per peer.
     """
 
-    def __init__(self, *, terms: Terms, identity: Identity, violations: Counter[PeerId]) -> None:
+    def __init__(self, *, terms: Terms, identity: Identity, violations: Violations) -> None:
         self._terms = terms
         self._identity = identity
         self._violations = violations
@@ -167,7 +167,7 @@ class Door:
         except TimeoutError:
             raise DeadlineError("stream opened without a proposal") from None
         except ProtocolError:
-            self._violations[stream.peer] += 1
+            self._violations.blame(stream.peer)
             raise
         exchange = Exchange(terms=self._terms, identity=self._identity, partner=stream.peer)
         exchange.receive_propose(message)
@@ -188,7 +188,7 @@ class Door:
         if suitor.is_claimed:
             return  # the exchange on this stream meets the error, if it is one
         if isinstance(outcome, ProtocolError):
-            self._violations[suitor.peer] += 1
+            self._violations.blame(suitor.peer)
         self._forget(suitor)  # now, not when `serve` runs next: nobody may accept it in between
         suitor.finish()
 

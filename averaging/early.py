@@ -13,7 +13,6 @@ and all is sent as without this. So nothing here needs to be believed.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterable
 
 from averaging.exchange import Terms
@@ -23,6 +22,7 @@ from averaging.side_buffer import SideBuffer
 from protocol.errors import DeadlineError, LlmNodeError, ProtocolError
 from protocol.ids import PeerId
 from protocol.transport import Stream, Transport
+from protocol.violations import Violations
 from protocol.wire import CHUNK_BYTES, Message, read_bulk_into, read_message, write_bulk, write_message
 
 __all__ = ["EARLY_PROTOCOL", "EarlyReply", "EarlyRequest", "EarlySlow"]
@@ -59,7 +59,7 @@ class EarlySlow:
         violations: counts broken rules per peer.
     """
 
-    def __init__(self, *, terms: Terms, transport: Transport, violations: Counter[PeerId]) -> None:
+    def __init__(self, *, terms: Terms, transport: Transport, violations: Violations) -> None:
         self._terms, self._transport, self._violations = terms, transport, violations
         self._round, self._data = -1, b""
         self._served: set[PeerId] = set()
@@ -100,7 +100,7 @@ class EarlySlow:
         try:
             data, digest = await self._ask(peer, round, num_bytes)
         except ProtocolError:
-            self._violations[peer] += 1
+            self._violations.blame(peer)
         except LlmNodeError:
             pass
         else:
@@ -114,7 +114,7 @@ class EarlySlow:
         except TimeoutError:
             raise DeadlineError("stream opened without a request") from None
         except ProtocolError:
-            self._violations[stream.peer] += 1
+            self._violations.blame(stream.peer)
             raise
         data = await self._data_for(stream.peer, request)
         await write_message(stream, EarlyReply(num_bytes=len(data)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from protocol.errors import DeadlineError, LlmNodeError, ProtocolError
 from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.transport import Stream, Transport
+from protocol.violations import Violations
 from protocol.wire import read_message, write_message
 
 __all__ = ["OFFER_TIMEOUT_S", "PROTOCOL", "Ending", "PeerContext", "Search"]
@@ -45,7 +45,7 @@ class PeerContext:
     transport: Transport
     identity: Identity
     terms: Terms
-    violations: Counter[PeerId]
+    violations: Violations
     side_buffer: SideBuffer = field(default_factory=SideBuffer)
     """For the payload of a pair's other half; there is one pair at a time."""
     early: EarlySlow | None = None
@@ -54,7 +54,7 @@ class PeerContext:
     def blame(self, error: LlmNodeError, peer: PeerId) -> None:
         """Count the error against `peer` if it is a violation."""
         if isinstance(error, ProtocolError):
-            self.violations[peer] += 1
+            self.violations.blame(peer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from protocol.libp2p import Libp2pTransport
 from protocol.manifest import Manifest
 from protocol.publication import SignedManifest
 from protocol.records import PeerRecord
+from protocol.violations import Violations
 
 __all__ = ["CoordinatorOptions", "coordinate"]
 
@@ -138,7 +138,7 @@ class _PlanWatch:
 
         self._directory = service.directory
         self._book = PlanBook(
-            manifest, payload_bytes=0, transport=service.transport, events=service.events, violations=Counter()
+            manifest, payload_bytes=0, transport=service.transport, events=service.events, violations=Violations()
         )
 
     async def look(self) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 
 from protocol.errors import ProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.transport import Handler, Stream
+from protocol.violations import Violations
 
 __all__ = ["MAX_STREAMS", "MAX_STREAMS_PER_PEER", "Incoming"]
 
@@ -20,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 MAX_STREAMS_PER_PEER = 32
 MAX_STREAMS = 256
-_MAX_REMEMBERED_PEERS = 4096
 
 
 class Incoming:
@@ -32,19 +32,10 @@ class Incoming:
         """Streams closed at once because their peer, or all peers together, held too many."""
         self.num_bugs = 0
         """Handlers ended by an exception that is neither a ProtocolError nor a TransportError."""
-        self._violations: OrderedDict[PeerId, int] = OrderedDict()
+        self.violations = Violations()
+        """ProtocolErrors of handlers."""
         self._open_streams: Counter[PeerId] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def violations(self, peer: PeerId) -> int:
-        """Number of ProtocolErrors counted against `peer` (the most recent few thousand offenders are remembered)."""
-        return self._violations.get(peer, 0)
-
-    def blame(self, peer: PeerId) -> None:
-        """Count one violation against `peer`."""
-        self._violations[peer] = self._violations.pop(peer, 0) + 1
-        if len(self._violations) > _MAX_REMEMBERED_PEERS:
-            self._violations.popitem(last=False)
 
     def accept(self, protocol: str, stream: Stream) -> None:
         """Start serving `stream`; returns at once."""
@@ -65,7 +56,7 @@ class Incoming:
                 await handler(stream)
         except ProtocolError as error:
             offender = error.peer or stream.peer
-            self.blame(offender)
+            self.violations.blame(offender)
             logger.warning("peer %s broke the protocol %s: %s", offender, protocol, error.reason)
         except TransportError as error:
             logger.debug("stream %s from %s ended: %s", protocol, stream.peer, error)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 
 from node.events import EventLog
@@ -25,6 +24,7 @@ from protocol.ids import PeerId
 from protocol.manifest import Manifest
 from protocol.records import PeerRecord
 from protocol.transport import Stream, Transport
+from protocol.violations import Violations
 from protocol.wire import read_frame, write_frame
 
 __all__ = ["PlanBook"]
@@ -50,7 +50,7 @@ class PlanBook:
         payload_bytes: int,
         transport: Transport,
         events: EventLog,
-        violations: Counter[PeerId],
+        violations: Violations,
     ) -> None:
         self._run, self._spec, self._payload_bytes = manifest.run_id, manifest.pipeline, payload_bytes
         self._transport, self._events, self._violations = transport, events, violations
@@ -97,7 +97,7 @@ class PlanBook:
             try:
                 signed = await self._ask(peer)
             except ProtocolError:
-                self._violations[peer] += 1
+                self._violations.blame(peer)
                 self._refused.add((records[peer].plan, peer))
                 continue
             except LlmNodeError:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 from torch import Tensor
@@ -32,6 +31,7 @@ from node.pipeline.worker import StageWorker, VisitGoneError
 from protocol.errors import ProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.transport import Stream, Transport
+from protocol.violations import Violations
 from protocol.wire import bulk_buffer, read_bulk_into, read_message, write_bulk, write_message
 
 __all__ = ["StageServer"]
@@ -64,7 +64,7 @@ class StageServer:
         worker: StageWorker,
         codec: ActivationCodec,
         router: Router,
-        violations: Counter[PeerId],
+        violations: Violations,
         links: Links | None = None,
         on_failure: Callable[[Task, str], None] = lambda task, reason: None,
     ) -> None:
@@ -153,12 +153,13 @@ class StageServer:
                 self._handover.heard_from(stream.peer)
                 await serve[task.kind](stream, task, heard_s)
                 return
-            self._violations[stream.peer] += refusal == "not-for-me"
+            if refusal == "not-for-me":
+                self._violations.blame(stream.peer)
             await write_message(stream, Reply(ok=False, reason=refusal))
         except VisitGoneError:  # the iteration ended while we were at it
             await write_message(stream, Reply(ok=False, reason="stale"))
         except ProtocolError:
-            self._violations[stream.peer] += 1
+            self._violations.blame(stream.peer)
             raise
         except TimeoutError:
             raise TransportError("a task was begun and not finished") from None

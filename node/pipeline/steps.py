@@ -8,7 +8,6 @@ peer.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from statistics import median_low
 from typing import Any
@@ -38,6 +37,7 @@ from protocol.identity import Identity
 from protocol.ids import PeerId
 from protocol.records import MAX_ROUND
 from protocol.transport import Transport
+from protocol.violations import Violations
 
 __all__ = ["PipelineSteps"]
 
@@ -78,7 +78,7 @@ class PipelineSteps(InnerSteps):
         shape = (spec.microbatch_sequences, inner.sequence_tokens, manifest.model.hidden_size)
         codec = codec or ActivationCodec(spec.codec, shape)
         self._stages = StageMap(num_stages=spec.stages, path_length=spec.path_length)
-        self.violations: Counter[PeerId] = Counter()
+        self.violations = Violations()
         self._links = Links(transport, payload_bytes=codec.num_bytes)
         is_origin = trainer.stage == 0
         self._plans = PlanBook(

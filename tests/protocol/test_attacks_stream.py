@@ -75,7 +75,7 @@ def test_an_oversize_frame_closes_the_stream_at_once_and_is_counted(tmp_path: Pa
             async with await attacker.open(VICTIM, BLOB_PROTOCOL) as stream:
                 await stream.write(header)
                 assert await ended(stream) == 0.0
-            assert victim.incoming.violations(ATTACKER) == 1
+            assert victim.incoming.violations[ATTACKER] == 1
 
     tracemalloc.start()
     try:
@@ -107,7 +107,7 @@ def test_garbage_is_counted_and_does_not_stop_the_service(tmp_path: Path) -> Non
                 async with await attacker.open(VICTIM, BLOB_PROTOCOL) as stream:
                     await write_frame(stream, bomb)
                     assert await ended(stream) == 0.0
-                assert victim.incoming.violations(ATTACKER) == index
+                assert victim.incoming.violations[ATTACKER] == index
             assert victim.incoming.num_bugs == 0
             other = BlobStore(tmp_path / "other")
             await fetch_blob(BLOB, transport=attacker, store=other, donors=[VICTIM], max_bytes=100)

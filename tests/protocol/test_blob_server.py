@@ -44,7 +44,7 @@ async def test_a_path_or_a_leaf_that_is_none_is_a_violation_of_the_asker(tmp_pat
                 await write_frame(stream, pack({"blob": blob, "leaf": leaf}))
                 with pytest.raises(StreamClosedError):
                     await stream.read_exactly(1)
-            assert donor.incoming.violations(JOINER) == count
+            assert donor.incoming.violations[JOINER] == count
         assert donor.incoming.num_bugs == 0
 
 

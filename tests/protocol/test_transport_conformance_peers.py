@@ -115,7 +115,7 @@ async def test_a_failing_handler_takes_nothing_down(world: World) -> None:
     async with await a.open(b.peer_id, ECHO) as stream:
         assert await ask(stream, b"still here") == b"still here"
     incoming = b.incoming  # type: ignore[attr-defined]
-    assert incoming.violations(a.peer_id) == 1
+    assert incoming.violations[a.peer_id] == 1
     assert incoming.num_bugs == 1
 
 

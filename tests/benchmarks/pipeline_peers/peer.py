@@ -36,6 +36,7 @@ from protocol.libp2p import Libp2pTransport
 from protocol.manifest import Manifest
 from protocol.records import PeerRecord
 from protocol.transport import Stream
+from protocol.violations import Violations
 from protocol.wire import read_bulk, write_bulk
 from tests.benchmarks.sync_peers.driver import Json, read_command, reply
 
@@ -145,7 +146,7 @@ class Peer:
             worker=trainer.worker,
             codec=codec,
             router=stages,
-            violations=Counter(),
+            violations=Violations(),
             links=self._links,
             on_failure=lambda task, reason: self._failures.update([f"{task.kind}: {reason}"]),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from protocol.identity import Identity
 from protocol.ids import PeerId, RunId
 from protocol.memory import LinkSpec, MemoryNetwork, MemoryTransport
 from protocol.transport import Transport
+from protocol.violations import Violations
 
 __all__ = [
     "BACKWARD",
@@ -100,7 +101,7 @@ class StagePeer:
     worker: StageWorker
     server: StageServer
     compute: StallingCompute
-    violations: Counter[PeerId]
+    violations: Violations
 
 
 class Pipeline:
@@ -141,7 +142,7 @@ class Pipeline:
         peer = transport.peer_id
         stage = Stage(CONFIG, number, self.num_stages)
         initialise(stage, seed=3)
-        worker, compute, violations = StageWorker(stage), StallingCompute(), Counter[PeerId]()
+        worker, compute, violations = StageWorker(stage), StallingCompute(), Violations()
         options = {"slots": 4, "hop_timeout_s": 5.0} | terms
         server = StageServer(
             StageTerms(run=RUN, peer=peer, payload_bytes=codec.num_bytes, **options),

@@ -105,7 +105,7 @@ def test_nobody_gets_more_than_a_probe_may_ask_for(num_bytes: int) -> None:
                 await write_message(stream, Probe.model_construct(num_bytes=num_bytes))
                 with pytest.raises(LlmNodeError):
                     await stream.read_exactly(1)
-            assert own.incoming.violations(other.peer_id) == 1
+            assert own.incoming.violations[other.peer_id] == 1
             async with await other.open(own.peer_id, PROBE_PROTOCOL) as stream:
                 await write_frame(stream, b"\xc1")
                 with pytest.raises(LlmNodeError):
