@@ -5,7 +5,8 @@ of both weights, in fp32. The squared spread halves about once per round, so 15 
 thousandth; ⌈6·log2 N⌉ + 12 are allowed, since peers come late and meetings fail. A peer has agreed when its last meetings, with
 several different partners, found the weights of both sides nearer than half the tolerance before they were averaged: two peers that
 agree with a third are then within it themselves. How many partners grows with the swarm, up to half of it: with two, seven peers
-fell into cliques of three and four, each of one mind, and a hundredth apart.
+fell into cliques of three and four, each of one mind, and a hundredth apart. And a peer that nobody came to see held on to the
+word of three who had moved since. So whoever agrees tells a sketch of its model, and all compare it with theirs.
 
 Liars: without progress of our own, admission's bound would be zero, and the usual one, met at every meeting, would let a liar lead
 us anywhere. So the bound starts at the usual distance between replicas and shrinks by SHRINKAGE per meeting: more slowly than the
@@ -18,7 +19,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from averaging.admission import Verdict
 from averaging.outer import OuterConfig
@@ -26,7 +30,15 @@ from averaging.replica import Replica, ReplicaConfig
 from averaging.update import RemoteUpdate, Update
 from protocol.ids import PeerId
 
-__all__ = ["Agreement", "Consolidation", "agreeing_partners", "num_rounds"]
+__all__ = [
+    "SKETCH_BYTES",
+    "Agreement",
+    "Consolidation",
+    "agreeing_partners",
+    "num_rounds",
+    "sketch",
+    "sketched_distance",
+]
 
 FIRST_BOUND = 1.0
 """Admission's bound at the first meeting, in usual distances."""
@@ -34,6 +46,11 @@ MARGIN = 0.5
 """Share of the tolerance within which partners must be."""
 SHRINKAGE = 0.8
 """Factor on the bound per meeting; honest distances shrink by about 0.71."""
+SKETCH_LEEWAY = 2.0
+"""Two sketches of models just within the tolerance are so many tolerances apart once in 10,000 times, and of models seven
+tolerances apart as little once in 5,000."""
+SKETCH_BYTES = 32
+_SKETCH_NUMBERS, _SKETCH_CHUNK = 8, 1 << 20
 _LEAST_NORM = 1e-30  # weights that are all zero have no relative distance
 
 
@@ -54,6 +71,31 @@ def num_rounds(num_peers: int) -> int:
     return math.ceil(rounds * num_peers / (num_peers - 1) if num_peers % 2 else rounds)
 
 
+def sketch(model: Tensor) -> bytes:
+    """Eight sums of the weights with random signs, each weight in one of them (count sketch; Charikar et al. 2002).
+
+    Args:
+        model: fp32 [P].
+
+    Returns:
+        Eight fp32 numbers, little-endian.
+    """
+    sums = torch.zeros(_SKETCH_NUMBERS, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for chunk in torch.split(model.detach().cpu(), _SKETCH_CHUNK):
+        signs = torch.randint(2, chunk.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+        signed = pad(chunk * signs, (0, -chunk.numel() % _SKETCH_NUMBERS))
+        sums += signed.view(-1, _SKETCH_NUMBERS).sum(dim=0, dtype=torch.float64)
+    return bytes(sums.numpy().astype("<f4").tobytes())
+
+
+def sketched_distance(one: bytes, other: bytes) -> float:
+    """About ‖θi − θj‖ of two models, by their sketches: the mean of the square is exact, its deviation half of it. NaN if a sketch
+    is none."""
+    first, second = (np.frombuffer(each, dtype="<f4").astype(np.float64) for each in (one, other))
+    return float(np.linalg.norm(first - second))
+
+
 class Agreement:
     """Whether the last partners held the same model.
 
@@ -63,7 +105,8 @@ class Agreement:
 
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
-        self._partners: set[PeerId] = set()
+        self.partners: set[PeerId] = set()
+        """Those of the last meetings that were within the tolerance, without one in between that was not."""
         self.distance: float | None = None
         """‖θi − θj‖/‖θi‖ at the last meeting, before it; None before the first."""
 
@@ -71,13 +114,17 @@ class Agreement:
         """A meeting found this distance."""
         self.distance = distance
         if distance < MARGIN * self._tolerance:
-            self._partners.add(partner)
+            self.partners.add(partner)
         else:
-            self._partners.clear()
+            self.partners.clear()
 
     def is_reached(self, num_others: int) -> bool:
-        """Whether enough different partners in a row agreed, with so many others about."""
-        return len(self._partners) >= agreeing_partners(num_others)
+        """Whether enough different partners in a row agreed.
+
+        Args:
+            num_others: in the swarm, those included who have left since: the rest of a swarm is no majority of it.
+        """
+        return len(self.partners) >= agreeing_partners(num_others)
 
 
 class Consolidation:
@@ -135,6 +182,14 @@ class Consolidation:
             self.agreement.met(partner.peer, distance)
             self._bound = SHRINKAGE * (self._bound if math.isfinite(self._bound) else FIRST_BOUND * slow)
         return verdict, distance
+
+    def sketch(self) -> bytes:
+        """Of our present weights."""
+        return sketch(self._trained.phi)
+
+    def is_near(self, own: bytes, other: bytes) -> bool:
+        """Whether another peer's model is ours within the tolerance, as far as the sketches of both tell."""
+        return sketched_distance(own, other) <= SKETCH_LEEWAY * self._tolerance * self._norm
 
     def finish(self) -> None:
         """Let the fast weights be the consolidated ones too; momentum and residual belong to none of them and are dropped."""

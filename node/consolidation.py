@@ -4,9 +4,10 @@
                   (at most a round and an exchange)   (bounded number, each with a deadline for its bytes)
 
 Peers meet at random (averaging/consolidation.py) in rounds that are numbered far beyond the last one of the run, so that no
-exchange of training pairs with one of these. Nobody meets the same partner twice in a row while there are others: a pair that
-got ahead of the rest would have eyes for each other only. In its record a peer says that it is ready by taking no sequences
-per step any more, and that it agrees with its partners by having all steps of its round behind it. Nothing here waits for ever.
+exchange of training pairs with one of these. Nobody meets the same partner twice in a row while there are others, nor one who
+agreed: those who got ahead of the rest would have eyes for each other only. In its record a peer says that it is ready by taking no
+sequences per step any more, and that it agrees with its partners by a sketch of its model, which the others compare with theirs:
+whose partners have moved since learns it that way. Nothing here waits for ever.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Consolidated:
     Args:
         meetings: exchanges that came about.
         distance: ‖θi − θj‖/‖θi‖ at the last one, before it; None without any.
-        agreed: whether the models are the same within the tolerance, as far as this peer's last partners tell; without any
-            meeting, whether it trained alone all the time.
+        agreed: whether the models are the same within the tolerance, as far as this peer's last partners tell, and most of the
+            others; without any meeting, whether it trained alone all the time.
     """
 
     meetings: int
@@ -82,6 +83,7 @@ class Consolidator:
         self._run, self._sync = trainer.manifest.run_id, trainer.manifest.sync
         self._round = self._sync.total_rounds + FIRST_ROUND
         self._recent: deque[PeerId] = deque()
+        self._num_others = 0  # at most, so far: the rest of a swarm is no majority of it
         self._meetings = 0
 
     @property
@@ -138,11 +140,17 @@ class Consolidator:
             self._progress.step, self._progress.sequences_per_step = 0, 0
             await self._announce()
             await self._wait_for_the_late()
-            for _ in range(num_rounds(1 + len(self._others()))):
+            self._count()
+            for _ in range(num_rounds(1 + self._num_others)):
                 if await self._is_over(consolidation):
                     break
                 await self._meet(averager, consolidation)
-        return consolidation.agreement.is_reached(len(self._others()))
+            else:
+                await self._look()
+                await self._tell(consolidation)
+        own = bytes.fromhex(self._progress.sketch)
+        num_agreeing = sum(bool(record.sketch) for record in self._others().values())
+        return bool(own) and 2 * len(self._elsewhere(consolidation, own)) <= num_agreeing
 
     async def _wait_for_the_late(self) -> None:
         """Until the others are ready, too, or should be."""
@@ -160,24 +168,40 @@ class Consolidator:
     async def _is_over(self, consolidation: Consolidation) -> bool:
         """Whether nobody else is there any more, or we and all the others who are through with training agree."""
         await self._look()
-        agreed = consolidation.agreement.is_reached(len(self._others()))
-        step = self._sync.inner_steps if agreed else 0
-        if self._progress.step != step:
-            self._progress.step = step
-            await self._announce()
-            if agreed and not self._do_others_agree():  # perhaps they do, and are just saying so
-                await asyncio.sleep(LOOK_AGAIN_S)
-                await self._look()
-        return not self._others() or (agreed and self._do_others_agree())
+        had_agreed = bool(self._progress.sketch)
+        await self._tell(consolidation)
+        if self._progress.sketch and not had_agreed and not self._do_others_agree(consolidation):
+            await asyncio.sleep(LOOK_AGAIN_S)  # perhaps they do, and are just saying so
+            await self._look()
+        return not self._others() or self._do_others_agree(consolidation)
 
-    def _do_others_agree(self) -> bool:
+    async def _tell(self, consolidation: Consolidation) -> None:
+        """Say in our record whether we agree with our partners. Those who agree on another model by now are none of them."""
+        agreement, told = consolidation.agreement, ""
+        if agreement.is_reached(self._num_others):
+            own = await self._compute.run(consolidation.sketch)
+            agreement.partners.difference_update(self._elsewhere(consolidation, own))
+            told = own.hex() if agreement.is_reached(self._num_others) else ""
+        if self._progress.sketch != told:
+            self._progress.sketch = told
+            await self._announce()
+
+    def _elsewhere(self, consolidation: Consolidation, own: bytes) -> list[PeerId]:
+        """Those who agree on another model than ours."""
+        others = {peer: record.sketch for peer, record in self._others().items() if record.sketch}
+        return [peer for peer, other in others.items() if not consolidation.is_near(own, bytes.fromhex(other))]
+
+    def _do_others_agree(self, consolidation: Consolidation) -> bool:
+        own = bytes.fromhex(self._progress.sketch)
         ready = [record for record in self._others().values() if self._is_ready(record)]
-        return all(record.step >= self._sync.inner_steps for record in ready)
+        return bool(own) and all(r.sketch for r in ready) and not self._elsewhere(consolidation, own)
 
     async def _meet(self, averager: Averager, consolidation: Consolidation) -> None:
         update = await self._compute.run(consolidation.pack, self._round)
         others = list(self._others())
-        candidates = [peer for peer in others if peer not in self._recent] or others
+        fresh = [peer for peer in others if peer not in self._recent]
+        of_another_mind = [peer for peer in fresh if peer not in consolidation.agreement.partners]
+        candidates = (of_another_mind if self._recent else []) or fresh or others
         deadline_s = asyncio.get_running_loop().time() + self._limit_s(consolidation)
         result = await averager.exchange(update, candidates=candidates, deadline_s=deadline_s)
         outcome, distance = str(result.outcome), math.inf
@@ -206,6 +230,10 @@ class Consolidator:
 
     async def _look(self) -> None:
         await self._directory.refresh(extra=foreign_bucket(self._run, self._round, self._identity.peer_id))
+        self._count()
+
+    def _count(self) -> None:
+        self._num_others = max(self._num_others, len(self._others()))
 
     def _others(self) -> dict[PeerId, PeerRecord]:
         records = self._directory.peers

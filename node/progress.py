@@ -74,6 +74,7 @@ class Progress:
     """Seconds of this session that went into inner steps."""
     recent: deque[ExchangeNote] = field(default_factory=lambda: deque(maxlen=4))
     snapshots: list[SnapshotRef] = field(default_factory=list)
+    sketch: str = ""
     wants_state: bool = False
     started_at_s: float = field(default_factory=time.time)
     _val_losses: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=VAL_WINDOW))
@@ -180,6 +181,7 @@ class Progress:
             exchanges_failed=self.exchanges_failed,
             recent=list(self.recent),
             snapshots=self.snapshots[-2:],
+            sketch=self.sketch,
             wants_state=self.wants_state,
         )
 

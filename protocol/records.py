@@ -120,5 +120,7 @@ class PeerRecord(_Strict):
     """Newest last."""
     snapshots: Annotated[list[SnapshotRef], Field(max_length=2)] = []
     """Newest last."""
+    sketch: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """In the averaging after the last round: it agrees with its partners, and by this their models can be compared; else empty."""
     wants_state: bool = False
     """It has no state that it can train with the others from, or an old one: they publish one before its time."""

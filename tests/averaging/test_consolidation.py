@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from averaging.consolidation import Agreement, Consolidation, agreeing_partners, num_rounds
+from averaging.consolidation import (
+    SKETCH_BYTES,
+    Agreement,
+    Consolidation,
+    agreeing_partners,
+    num_rounds,
+    sketch,
+    sketched_distance,
+)
 from averaging.outer import OuterConfig
 from averaging.replica import Replica, ReplicaConfig
 from averaging.update import RemoteUpdate
@@ -153,3 +161,25 @@ def test_two_cliques_can_not_both_agree() -> None:
     for num_peers in range(2, 9):
         clique = 1 + agreeing_partners(num_peers - 1)
         assert 2 * clique > num_peers
+
+
+@pytest.mark.parametrize("num_weights", [5, 4096, (1 << 20) + 3])
+def test_sketches_tell_how_far_two_models_are_apart(num_weights: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    model = torch.randn(num_weights, generator=generator)
+    told = sketch(model)
+    assert len(told) == SKETCH_BYTES
+    assert told == sketch(model.clone())
+    squares = []
+    for _ in range(30):
+        change = torch.randn(num_weights, generator=generator) * 1e-3
+        squares.append((sketched_distance(told, sketch(model + change)) / float(change.norm())) ** 2)
+    assert 0.7 < sum(squares) / len(squares) < 1.3
+
+
+def test_what_is_no_sketch_is_near_nobody() -> None:
+    side = Consolidation(trained(2).replicas[0], tolerance=TOLERANCE)
+    side.pack(0)
+    own = side.sketch()
+    assert side.is_near(own, own)
+    assert not side.is_near(own, b"\xff" * SKETCH_BYTES)  # eight times NaN

@@ -48,11 +48,13 @@ def write_corpus(folder: Path) -> Path:
 
 
 def tiny_run(folder: Path, **settings: Any) -> tuple[SignedManifest, BlobStore]:
-    """Make a tiny run below `folder`; `settings` override TINY, with `__` for the dot (`sync__total_rounds=2`)."""
+    """Make a tiny run below `folder`; `settings` override TINY, with `__` for the dot (`sync__total_rounds=2`). Who meets whom when
+    is drawn by everything in the manifest, so another `name` is another draw."""
+    name = settings.pop("name", "tiny")
     overrides = TINY | {key.replace("__", "."): value for key, value in settings.items()}
     store = BlobStore(folder / "blobs")
     request = RunRequest(
-        name="tiny",
+        name=name,
         organiser=ORGANISER.peer_id,
         model="1m",
         data=str(write_corpus(folder / "corpus")),

@@ -23,6 +23,8 @@ from tests.protocol.samples import RUN, identity, record
 
 # ---- whole peers
 
+DRAW = "one"
+"""A draw in which the state after the first round is kept by both founders: what only one vouches for is not taken."""
 AGE = 9
 """Rounds; states of this age were refused 8 times of 8 in such a run."""
 
@@ -31,6 +33,7 @@ def fast_swarm(folder: Path) -> MemorySwarm:
     """A run that moves far in a round, with a snapshot after the first round and none for long."""
     signed, store = tiny_run(
         folder,
+        name=DRAW,
         inner__optimizer="adamw",  # with which that was seen
         sync__total_rounds=AGE + 18,
         sync__inner_steps=10,

@@ -58,6 +58,7 @@ def test_the_fullest_record_fits() -> None:
     own.count_validation(3.3, 10**9)
     for _ in range(9):
         own.count_exchange(note("averaged", 10**9))
+    own.sketch = "f" * 64
     own.snapshots = [SnapshotRef(round=10**9, root="f" * 64, size_bytes=2**62)] * 5
     record = own.record(["/ip4/" + "x" * 251] * 20)
     data = pack_record(record, OWN)

@@ -83,6 +83,7 @@ def largest_record(peer: Identity) -> PeerRecord:
         eta_s=1e9,
         recent=[note] * 4,
         snapshots=[snapshot] * 2,
+        sketch="f" * 64,
     )
 
 
