@@ -157,6 +157,7 @@ class Consolidation:
         self._averaging.admission.load_state_dict(history)
         self._bound = FIRST_BOUND * replica.admission.usual_distance or math.inf
         self._norm = 0.0
+        self._sketch: bytes | None = None
 
     @property
     def num_payload_bytes(self) -> int:
@@ -175,6 +176,7 @@ class Consolidation:
         Returns:
             What admission said, and ‖θi − θj‖/‖θi‖ before; infinite if it cannot be told.
         """
+        self._sketch = None
         verdict = self._averaging.apply([partner]).verdicts[partner.peer]
         slow = math.inf if verdict.distances is None else verdict.distances.slow
         distance = slow / max(self._norm, _LEAST_NORM) if math.isfinite(slow) else math.inf
@@ -185,7 +187,9 @@ class Consolidation:
 
     def sketch(self) -> bytes:
         """Of our present weights."""
-        return sketch(self._trained.phi)
+        if self._sketch is None:
+            self._sketch = sketch(self._trained.phi)
+        return self._sketch
 
     def is_near(self, own: bytes, other: bytes) -> bool:
         """Whether another peer's model is ours within the tolerance, as far as the sketches of both tell."""

@@ -177,6 +177,18 @@ def test_sketches_tell_how_far_two_models_are_apart(num_weights: int) -> None:
     assert 0.7 < sum(squares) / len(squares) < 1.3
 
 
+def test_a_meeting_changes_the_sketch() -> None:
+    gossip = trained(2)
+    sides = [Consolidation(replica, tolerance=1e-6) for replica in gossip.replicas]
+    before = [side.sketch() for side in sides]
+    updates = [sent(side, number, round=0) for number, side in enumerate(sides)]
+    assert not sides[0].is_near(*before)
+    sides[0].apply(updates[1])
+    sides[1].apply(updates[0])
+    assert before[0] != sides[0].sketch()
+    assert sides[0].is_near(sides[0].sketch(), sides[1].sketch())
+
+
 def test_what_is_no_sketch_is_near_nobody() -> None:
     side = Consolidation(trained(2).replicas[0], tolerance=TOLERANCE)
     side.pack(0)
