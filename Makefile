@@ -18,7 +18,7 @@ demo: .venv/installed          ## one bootstrap and three peers train a small mo
 
 # Real processes and the browser want the machine for themselves; all other tests share its cores, a file to each at a time.
 # pytest ends with 5 where ARGS leaves nothing to one of the two.
-test: .venv/installed          ## everything but the tests marked slow or gpu; under 10 minutes on 2 cores
+test: .venv/installed          ## everything but the tests marked slow or gpu; about 11 minutes on 2 cores
 	@$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile -m 'not (net or browser or slow or gpu)' $(ARGS) || [ $$? -eq 5 ]
 	@$(BIN)/python -m pytest -m '(net or browser) and not (slow or gpu)' $(ARGS) || [ $$? -eq 5 ]
 

@@ -148,6 +148,10 @@ class Consolidator:
             else:
                 await self._look()
                 await self._tell(consolidation)
+        return self._is_one_model(consolidation)
+
+    def _is_one_model(self, consolidation: Consolidation) -> bool:
+        """Whether we agree with our partners, and no more than half of those who agree hold another model: one liar is no proof."""
         own = bytes.fromhex(self._progress.sketch)
         num_agreeing = sum(bool(record.sketch) for record in self._others().values())
         return bool(own) and 2 * len(self._elsewhere(consolidation, own)) <= num_agreeing
@@ -201,6 +205,7 @@ class Consolidator:
         others = list(self._others())
         fresh = [peer for peer in others if peer not in self._recent]
         of_another_mind = [peer for peer in fresh if peer not in consolidation.agreement.partners]
+        # After a meeting that came to nothing anybody will do: of another mind may only be one that is gone.
         candidates = (of_another_mind if self._recent else []) or fresh or others
         deadline_s = asyncio.get_running_loop().time() + self._limit_s(consolidation)
         result = await averager.exchange(update, candidates=candidates, deadline_s=deadline_s)
